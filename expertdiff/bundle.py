@@ -1,0 +1,297 @@
+"""Finished experts on disk as one model: stitched from training runs, verified, pickle-free.
+
+A bundle is a folder: ``manifest.json`` (what it is), ``config.yaml`` (how to test it) and one
+``NN.safetensors`` an expert. Loading it needs torch and safetensors, not lightning.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from expertdiff import checkpoints
+from expertdiff.describe import build, differences
+from expertdiff.diffusion.denoiser import Denoiser, NetworkDenoiser, PredictionType
+from expertdiff.diffusion.partition import Interval, Partition
+from expertdiff.diffusion.process import NoiseProcess
+from expertdiff.experts.routed import RoutedExperts
+from expertdiff.files import read_json, replacing, sha256_of, write_json
+from expertdiff.networks.network import Network
+
+PREFIX = "denoiser.network."
+PICKLES = {".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".bin"}
+SHARED = ("process", "prediction", "network", "data")
+"""What the experts of one bundle must have in common."""
+
+
+@dataclass
+class Expert:
+    """Trained weights that can serve an interval, and what they are.
+
+    Attributes:
+        path: the checkpoint or bundle file they come from.
+        identity: see `Method.identity`.
+        step: optimizer steps of training.
+        sha256: of that file.
+        weights: the averaged weights of the network.
+    """
+
+    path: Path
+    identity: dict[str, Any]
+    step: int
+    sha256: str
+    weights: dict[str, Tensor]
+
+    @property
+    def interval(self) -> Interval:
+        """The part of the chain it was trained on."""
+        return Interval(*self.identity["interval"])
+
+    @classmethod
+    def read(cls, source: Path) -> "Expert":
+        """From a training run's folder (its newest checkpoint), a checkpoint, or a bundle's file.
+
+        Raises:
+            ValueError: there is nothing to read, or it is damaged, or not finite.
+        """
+        source = Path(source)
+        if source.suffix == ".safetensors":
+            return cls._from_bundle(source)
+        path = source
+        if source.is_dir():
+            newest = checkpoints.newest(source / "checkpoints")
+            if newest is None:
+                raise ValueError(f"{source} holds no checkpoint: train it with `expertdiff fit`")
+            path = newest
+        content = checkpoints.load(path)
+        identity = content.get(checkpoints.IDENTITY)
+        if identity is None:
+            raise ValueError(f"checkpoint {path} was not written by expertdiff")
+        weights = {
+            key.removeprefix(PREFIX): value
+            for key, value in content["state_dict"].items()
+            if key.startswith(PREFIX)
+        }
+        _check_weights(path, weights)
+        return cls(path, identity, content["global_step"], sha256_of(path), weights)
+
+    @classmethod
+    def _from_bundle(cls, path: Path) -> "Expert":
+        manifest = _read_manifest(path.parent)
+        for entry in manifest["experts"]:
+            if entry["file"] == path.name:
+                weights = _read_weights(path.parent, entry)
+                return cls(path, entry["identity"], entry["step"], entry["sha256"], weights)
+        raise ValueError(f"{path.parent} does not name {path.name} in its manifest")
+
+
+class Bundle:
+    """One denoiser from one or several experts.
+
+    Args:
+        denoiser: the model.
+        manifest: what it is; plain data.
+        folder: where it lies.
+    """
+
+    def __init__(self, denoiser: Denoiser, manifest: dict[str, Any], folder: Path) -> None:
+        self.denoiser, self.manifest, self.folder = denoiser, manifest, folder
+
+    @property
+    def partition(self) -> Partition:
+        """Who owns which part of the chain."""
+        return Partition(self.manifest["partition"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one sample, (C, H, W)."""
+        return tuple(self.manifest["shared"]["data"]["shape"])
+
+    @property
+    def num_classes(self) -> int | None:
+        """Labels are in [0, num_classes); ``None`` for an unconditional model."""
+        return self.manifest["shared"]["network"]["init_args"].get("num_classes")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Bundle":
+        """The bundle in `folder`, on the CPU, in evaluation mode.
+
+        Raises:
+            ValueError: damaged, incomplete, or holding pickles; the sentence names the file.
+        """
+        folder = Path(folder)
+        manifest = _read_manifest(folder)
+        shared, partition = manifest["shared"], Partition(manifest["partition"])
+        process = build(shared["process"], NoiseProcess)
+        prediction = build(shared["prediction"], PredictionType)
+        denoisers: dict[str, Denoiser] = {}
+        for entry in manifest["experts"]:
+            if entry["file"] not in denoisers:
+                weights = _read_weights(folder, entry)
+                network = _network(shared["network"], weights, folder / entry["file"])
+                denoisers[entry["file"]] = NetworkDenoiser(network, process, prediction)
+        experts = [denoisers[entry["file"]] for entry in manifest["experts"]]
+        denoiser = experts[0] if len(denoisers) == 1 else RoutedExperts(experts, partition)
+        return cls(denoiser.eval().requires_grad_(False), manifest, folder)
+
+    @classmethod
+    def stitch(
+        cls,
+        sources: Sequence[Path],
+        output: Path,
+        partition: Partition | None = None,
+        allow_unfinished: bool = False,
+    ) -> "Bundle":
+        """Writes and loads the bundle of these experts.
+
+        Args:
+            sources: one an interval in any order, each as `Expert.read` takes it; one that covers
+                more than an interval (a baseline) serves every interval nobody else serves.
+            output: the bundle's folder; replaced when it holds a bundle.
+            partition: whose intervals are to be served; by default that of the sources.
+            allow_unfinished: take experts that were not trained to their end; recorded.
+
+        Raises:
+            ValueError: the experts do not fit together, or leave or share an interval.
+        """
+        output = Path(output)
+        if output.exists() and not (output / "manifest.json").is_file() and any(output.iterdir()):
+            raise ValueError(f"{output} holds something else than a bundle: choose another folder")
+        experts = [Expert.read(source) for source in sources]
+        if not experts:
+            raise ValueError("no expert was given: name at least one training run")
+        _check_together(experts, allow_unfinished)
+        if partition is None:
+            # The finest: a baseline beside experts has the whole chain as its own.
+            partition = Partition(max((e.identity["partition"] for e in experts), key=len))
+            if all(e.interval == Interval() for e in experts):
+                partition = Partition([0, 1])
+        owners = _owners(experts, partition)
+        files = {id(e): f"{owners.index(e):02d}.safetensors" for e in owners}
+        entries = []
+        for expert, interval in zip(owners, partition.intervals()):
+            file = output / files[id(expert)]
+            if not any(entry["file"] == file.name for entry in entries):
+                with replacing(file) as temporary:
+                    save_file(expert.weights, temporary, {"identity": json.dumps(expert.identity)})
+            entries.append(
+                {
+                    "interval": [interval.lo, interval.hi],
+                    "file": file.name,
+                    "sha256": sha256_of(file),
+                    "step": expert.step,
+                    "source": {"path": str(expert.path), "sha256": expert.sha256},
+                    "identity": expert.identity,
+                }
+            )
+        shared = {key: experts[0].identity[key] for key in SHARED}
+        manifest = {
+            "format": 1,
+            "partition": list(partition.edges),
+            "shared": shared,
+            "experts": entries,
+        }
+        write_json(output / "manifest.json", manifest)
+        for left in output.glob("*.safetensors"):
+            if left.name not in files.values():
+                left.unlink()
+        return cls.load(output)
+
+
+def _network(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Network:
+    network = build(description, Network)
+    expected = network.state_dict()
+    for key in sorted(expected.keys() ^ weights.keys()):
+        raise ValueError(f"{path} does not fit its network: {key} is only in one of them")
+    for key, value in expected.items():
+        if weights[key].shape != value.shape:
+            raise ValueError(
+                f"{path} does not fit its network: {key} is {tuple(weights[key].shape)} "
+                f"instead of {tuple(value.shape)}"
+            )
+    network.load_state_dict(weights)
+    return network
+
+
+def _check_weights(path: Path, weights: dict[str, Tensor]) -> None:
+    for key, value in weights.items():
+        if value.dtype != torch.float32:
+            raise ValueError(f"{path}: {key} is {value.dtype}, not torch.float32")
+        if not value.isfinite().all():
+            raise ValueError(
+                f"{path}: {key} holds NaN or infinity: go back to an earlier checkpoint"
+            )
+
+
+def _check_together(experts: Sequence[Expert], allow_unfinished: bool) -> None:
+    first = experts[0]
+    for expert in experts:
+        for key in SHARED:
+            if changed := differences(first.identity[key], expert.identity[key], key):
+                raise ValueError(
+                    f"{first.path} and {expert.path} do not fit together: {'; '.join(changed)}"
+                )
+        steps = expert.identity["max_steps"]
+        if expert.step < steps and not allow_unfinished:
+            raise ValueError(
+                f"{expert.path} is not trained to its end (step {expert.step} of {steps}): "
+                "resume its training, or allow unfinished experts"
+            )
+
+
+def _owners(experts: Sequence[Expert], partition: Partition) -> list[Expert]:
+    owners = []
+    for i, interval in enumerate(partition.intervals()):
+        able = [e for e in experts if e.interval.contains(interval)]
+        exact = [e for e in able if e.interval == interval]
+        chosen = exact or able
+        if not chosen:
+            raise ValueError(
+                f"no expert was given for interval {i} {interval} of {partition}: train it with "
+                f"`expertdiff fit --model.expert {i}`, or add a baseline to fill it"
+            )
+        if len(chosen) > 1:
+            paths = " and ".join(str(e.path) for e in chosen)
+            raise ValueError(f"{paths} both serve interval {i} {interval}: leave one out")
+        owners.append(chosen[0])
+    for expert in experts:
+        if not any(expert is owner for owner in owners):
+            raise ValueError(
+                f"{expert.path} (interval {expert.interval}) serves no interval of {partition}: "
+                "leave it out, or name another partition"
+            )
+    return owners
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"{folder} is not a bundle: it has no manifest.json; make one with stitch")
+    for path in sorted(folder.iterdir()):
+        if path.suffix in PICKLES:
+            raise ValueError(f"{path} may hold a pickle: a bundle has safetensors files only")
+    manifest = read_json(folder / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != 1:
+        raise ValueError(f"{folder} has a manifest of another format: stitch it again")
+    return manifest
+
+
+def _read_weights(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
+    path = folder / entry["file"]
+    if path.parent != folder or path.suffix != ".safetensors":
+        raise ValueError(f"{path} is no safetensors file of this bundle")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: stitch the bundle again")
+    if sha256_of(path) != entry["sha256"]:
+        raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; stitch it again")
+    try:
+        weights = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file: stitch the bundle again") from error
+    _check_weights(path, weights)
+    return weights

@@ -1,0 +1,120 @@
+"""Training checkpoints on disk: atomic, verified, found by step, read without pickle.
+
+Beside each ``step-00001000.ckpt`` lies ``step-00001000.ckpt.json`` with its step, size and SHA-256,
+written last: a checkpoint without it, or that differs from it, does not count.
+"""
+
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from expertdiff.describe import differences
+from expertdiff.files import read_json, replacing, sha256_of, write_json
+
+IDENTITY = "expertdiff"
+"""The key of a checkpoint under which `methods` writes what the weights are."""
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The file of the checkpoint of `step`."""
+    return folder / f"step-{step:08d}.ckpt"
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Writes a checkpoint, reads it back, and only then lets it count.
+
+    Raises:
+        OSError: it could not be written; older checkpoints are untouched.
+    """
+    try:
+        with replacing(path) as temporary:
+            torch.save(checkpoint, temporary)
+            _check_zip(temporary)
+            record = {"size": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+    except (RuntimeError, OSError, zipfile.BadZipFile) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer.
+        raise OSError(
+            f"cannot write checkpoint {path} ({error}): free some space or choose another folder; "
+            "older checkpoints are untouched"
+        ) from error
+    write_json(_record_path(path), {"step": checkpoint.get("global_step"), **record})
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The checkpoint in `path`, on the CPU.
+
+    Raises:
+        ValueError: missing, truncated or altered; the sentence says which.
+    """
+    verify(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"checkpoint {path} holds more than tensors and plain values") from error
+
+
+def verify(path: Path) -> None:
+    """Raises a ValueError unless the bytes of `path` are those that were written."""
+    if not path.is_file():
+        raise ValueError(f"checkpoint {path} does not exist")
+    if not _record_path(path).is_file():
+        raise ValueError(f"checkpoint {path} is unfinished: {_record_path(path).name} is missing")
+    record, size = read_json(_record_path(path)), path.stat().st_size
+    if size != record["size"]:
+        raise ValueError(f"checkpoint {path} has {size} bytes instead of {record['size']}")
+    if sha256_of(path) != record["sha256"]:
+        raise ValueError(f"checkpoint {path} is damaged: its SHA-256 differs from the one written")
+
+
+def newest(folder: Path) -> Path | None:
+    """The valid checkpoint with the highest step, ``None`` where there is no checkpoint at all.
+
+    Raises:
+        ValueError: there are checkpoints, but none is valid.
+    """
+    paths = sorted(folder.glob("step-*.ckpt"), key=step_of, reverse=True)
+    for path in paths:
+        try:
+            verify(path)
+            return path
+        except ValueError as error:
+            warnings.warn(f"skipped: {error}", stacklevel=2)
+    if paths:
+        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is valid: remove them")
+    return None
+
+
+def same_run(ours: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    """Raises a ValueError that names what differs, unless the checkpoint's identity has `ours`."""
+    theirs = {key: checkpoint.get(IDENTITY, {}).get(key) for key in ours}
+    if changed := differences(ours, theirs):
+        raise ValueError(
+            f"these settings differ from those of the checkpoint to resume: {'; '.join(changed)}; "
+            "restore them, or give the study another name"
+        )
+
+
+def remove(path: Path) -> None:
+    """Removes a checkpoint; its record first, so that it never counts half."""
+    _record_path(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    match = re.fullmatch(r"step-(\d+)\.ckpt", path.name)
+    return int(match[1]) if match else -1
+
+
+def _record_path(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _check_zip(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if broken := archive.testzip():
+            raise zipfile.BadZipFile(f"{broken} did not survive writing")

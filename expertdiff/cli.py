@@ -1,0 +1,319 @@
+"""The front door: LightningCLI's fit, validate, test and predict, and the verbs around them."""
+
+import argparse
+import inspect
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+# The imports that look unused make the bare names of their classes known to the command line.
+import expertdiff.data.images
+import expertdiff.methods.mdm
+import expertdiff.methods.single
+import expertdiff.networks.unet  # noqa: F401
+from expertdiff import checkpoints
+from expertdiff.bundle import Bundle
+from expertdiff.callbacks import EMA, ExactCheckpoint, Interrupted, LossByInterval
+from expertdiff.data.base import Data
+from expertdiff.diffusion.partition import Partition
+from expertdiff.diffusion.samplers import DDIM, Sampler
+from expertdiff.evaluation.features import Pixels
+from expertdiff.evaluation.images import save_grid, save_npz
+from expertdiff.files import read_json
+from expertdiff.launch import INTERRUPTED, launch
+from expertdiff.loggers import StudyLogger
+from expertdiff.methods.base import Method
+from expertdiff.methods.stitched import Evaluation, Stitched
+from expertdiff.report import write_report
+from expertdiff.seeds import seed_of
+from expertdiff.study import Study
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line, without the usage of a hundred options above it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> None:
+        sys.stderr.write(f"expertdiff: error: {' '.join(message.split())}\n")
+        raise SystemExit(2)
+
+
+class ExpertCLI(LightningCLI):
+    """LightningCLI with averaged weights, exact checkpoints and a study around every run."""
+
+    def __init__(self, args: Sequence[str], run: bool = True) -> None:
+        verbs = {verb: {"allow_abbrev": False} for verb in self.subcommands()}
+        super().__init__(
+            datamodule_class=Data,
+            subclass_mode_data=True,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False, "prog": "expertdiff", **verbs},
+            trainer_defaults={
+                "max_epochs": -1,  # one endless epoch, ended by max_steps
+                "num_sanity_val_steps": 0,
+                "use_distributed_sampler": False,  # the data layer splits batches over ranks
+                "callbacks": [LossByInterval()],
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(EMA, "ema")
+        parser.add_lightning_class_args(ExactCheckpoint, "checkpoint")
+        parser.add_class_arguments(Study, "study")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        arguments = config.model.init_args
+        if "seed" in arguments:
+            arguments.seed = int(config.seed_everything)
+            # Every expert starts from its own random weights.
+            key = ("init", arguments.get("expert", "baseline"))
+            torch.manual_seed(seed_of(arguments.seed, *key))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with what only the study and the job together know."""
+        config = self.config_init[self.subcommand]
+        study: Study = config.study
+        if isinstance(self.model, Method):
+            job, folder = self.model.job, study.folder / self.model.job
+            if config.trainer.max_steps == -1:
+                expert = getattr(self.model, "expert", None)
+                budgets = study.budgets(self.model.partition)
+                kwargs["max_steps"] = study.iterations if expert is None else budgets[expert]
+        else:
+            job, folder = f"test-{self.model.output.name}", self.model.output
+        if config.trainer.default_root_dir is None:
+            kwargs["default_root_dir"] = str(folder)
+        folder = Path(config.trainer.default_root_dir or folder)
+        loggers = config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            if isinstance(logger, StudyLogger):
+                logger.attach(folder, study.name, job)
+        if SLURMEnvironment.detect():
+            # Lightning's requeueing saves in the middle of a step and mixes up experts.
+            plugins = config.trainer.plugins or []
+            kwargs["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: Method, datamodule: Data, ckpt_path: Any = None, **kwargs: Any) -> None:
+        """Trains to `max_steps`, from the newest checkpoint of this job if there is one."""
+        folder = Path(self.trainer.default_root_dir)
+        done = folder / "done.json"
+        if done.is_file() and read_json(done)["step"] >= self.trainer.max_steps:
+            print(f"{model.job} was trained to its end before: {folder}")
+            return
+        ckpt_path = ckpt_path or checkpoints.newest(folder / "checkpoints")
+        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+        print(f"{model.job} is trained: {folder}")
+
+
+class ConfigOnly(ExpertCLI):
+    """Parses and checks the options of ``fit`` without building anything."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        super().__init__(args, run=False)
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing is instantiated."""
+
+    def instantiate_classes(self) -> None:
+        """Only the study, which is plain."""
+        self.study: Study = self.parser.instantiate_classes(self.config).study
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole configuration as plain data."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config.pop("config", None)
+        return config
+
+
+def launch_verb(args: Sequence[str]) -> None:
+    """Train every expert of a partition (and a baseline), stitch, test, report."""
+    parser = argparse.ArgumentParser(
+        prog="expertdiff launch",
+        description=(
+            "Trains every expert of a config's partition as its own process, and a single network "
+            "of the same total cost beside them; stitches the experts into one model, tests both "
+            "and writes a report. Run it again to continue: finished work is kept."
+        ),
+        epilog=(
+            "All options of `expertdiff fit` apply to every job, for example --study.name, "
+            "--study.iterations, --seed_everything, --trainer.accelerator "
+            "(see `expertdiff fit --help`)."
+        ),
+    )
+    parser.add_argument(
+        "--config",
+        "-c",
+        action="append",
+        required=True,
+        metavar="YAML",
+        help="configuration; several are laid over each other",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="jobs at a time (default: one a GPU, or one a CPU core)",
+    )
+    ours, rest = parser.parse_known_args(args)
+    if ours.parallel is not None and ours.parallel < 1:
+        raise ValueError(f"--parallel {ours.parallel} runs nothing: give 1 or more")
+    configs = [part for path in ours.config for part in ("--config", path)]
+    cli = ConfigOnly([*configs, *rest])
+    launch(cli.study, cli.resolved(), ours.parallel)
+
+
+def stitch(
+    experts: list[Path],
+    output: Path,
+    edges: list[float] | None = None,
+    allow_unfinished: bool = False,
+) -> None:
+    """Make one model of trained experts.
+
+    Args:
+        experts: folders of training runs, checkpoints or files of other bundles, in any order; a
+            baseline fills the intervals that nobody else serves.
+        output: the bundle's folder.
+        edges: of the partition, from 0 to 1; by default that of the experts.
+        allow_unfinished: also take experts that were not trained to their end.
+    """
+    partition = Partition(edges) if edges else None
+    bundle = Bundle.stitch(experts, output, partition, allow_unfinished)
+    for entry in bundle.manifest["experts"]:
+        lo, hi = entry["interval"]
+        print(f"({lo:g}, {hi:g}]  {entry['source']['path']}, step {entry['step']}")
+    print(f"bundle: {output}")
+
+
+def sample(
+    bundle: Path,
+    samples: int = 64,
+    seed: int = 0,
+    sampler: Sampler | None = None,
+    batch_size: int = 64,
+    precision: str = "32-true",
+    output: Path | None = None,
+) -> None:
+    """Draw images from a bundle: a PNG grid, and an .npz in ADM's layout.
+
+    Args:
+        bundle: the bundle's folder.
+        samples: how many.
+        seed: image i is a function of (seed, i).
+        sampler: by default DDIM with 50 steps.
+        batch_size: images at a time; does not change them.
+        precision: of the network, ``32-true`` or ``bf16-mixed``.
+        output: folder of ``samples.png`` and ``samples.npz``; by default ``<bundle>/samples``.
+    """
+    protocol = Evaluation(sampler or DDIM(), Pixels(), samples, (seed,), batch_size)
+    output = Path(output or Path(bundle) / "samples")
+    model = Stitched(Path(bundle), protocol, output)
+    trainer = Trainer(
+        devices=1,
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    images = torch.cat([images for _, images in trainer.predict(model)])
+    save_npz(images, output / "samples.npz")
+    save_grid(images[:100], output / "samples.png", columns=round(min(samples, 100) ** 0.5))
+    print(f"{samples} images: {output / 'samples.png'}, {output / 'samples.npz'}")
+
+
+def report(study: Path) -> None:
+    """Write the page of a study: what was trained, distances, curves, samples.
+
+    Args:
+        study: the study's folder.
+    """
+    print(f"report: {write_report(study)}")
+
+
+VERBS: dict[str, Callable[..., None]] = {"stitch": stitch, "sample": sample, "report": report}
+
+
+def run_verb(function: Callable[..., None], args: Sequence[str]) -> None:
+    """Calls a function with its first argument by position, the others as options."""
+    (first, *_), summary = inspect.signature(function).parameters.items(), inspect.getdoc(function)
+    parser = ArgumentParser(
+        prog=f"expertdiff {function.__name__}", description=(summary or "").partition("\n")[0]
+    )
+    name, parameter = first
+    many = {"nargs": "+"} if parameter.annotation is not Path else {}
+    parser.add_argument(name, type=Path, **many)
+    parser.add_function_arguments(function, skip={name})
+    config = parser.instantiate_classes(parser.parse_args(args))
+    function(**vars(config))
+
+
+HELP = """usage: expertdiff VERB [options]
+
+Trains, stitches, compares and samples multi-expert diffusion models.
+
+  launch    train every expert of a config (and a baseline), stitch, test, report
+  fit       train one job: an expert, or a single network
+  validate  losses by interval of a trained job
+  test      draw images from a bundle and measure their distance from real ones
+  predict   draw images from a bundle inside your own Lightning program
+  stitch    make one model (a bundle) of trained experts
+  sample    draw images from a bundle: a PNG grid and an .npz
+  report    write the page of a study
+
+`expertdiff VERB --help` tells the options. Start with
+  expertdiff launch --config configs/digits/mdm.yaml"""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0 done, 2 bad input, 75 interrupted and resumable."""
+    args = list(sys.argv[1:] if args is None else args)
+    verb = args[0] if args else "--help"
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    try:
+        if verb in ExpertCLI.subcommands():
+            ExpertCLI(args)
+        elif verb == "launch":
+            launch_verb(args[1:])
+        elif verb in VERBS:
+            run_verb(VERBS[verb], args[1:])
+        elif verb in ("-h", "--help"):
+            print(HELP)
+        else:
+            raise ValueError(f"{verb!r} is no verb: `expertdiff --help` lists them")
+    except Interrupted as stopped:
+        print(f"{stopped}; the same command goes on from here", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, FloatingPointError) as error:
+        if not _ours(error) or os.environ.get("EXPERTDIFF_DEBUG"):
+            raise
+        print(f"expertdiff: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _ours(error: BaseException) -> bool:
+    """Whether we raised it, so that its message is for the user; otherwise it is a defect."""
+    frames = traceback.walk_tb(error.__traceback__)
+    *_, (last, _) = frames
+    return last.f_globals.get("__name__", "").startswith("expertdiff")

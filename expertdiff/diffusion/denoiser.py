@@ -1,0 +1,127 @@
+"""What a network predicts, and the seam that every sampler and objective sees."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from expertdiff.describe import Described
+from expertdiff.diffusion.process import NoiseProcess, expand
+
+
+class PredictionType(Described, ABC):
+    """What the output of a network means."""
+
+    @abstractmethod
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The output of a perfect network."""
+
+    @abstractmethod
+    def x0_eps(
+        self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The x0 and eps that an output stands for."""
+
+    @abstractmethod
+    def gain(self, snr: Tensor) -> Tensor:
+        """|error of the output|^2 / |error of x0|^2 at this signal-to-noise ratio."""
+
+
+class Eps(PredictionType):
+    """The noise (DDPM)."""
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return eps
+
+    def x0_eps(
+        self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return (x_t - sigma * output) / alpha, output
+
+    def gain(self, snr: Tensor) -> Tensor:
+        return snr
+
+
+class X0(PredictionType):
+    """The data."""
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return x0
+
+    def x0_eps(
+        self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return output, (x_t - alpha * output) / sigma
+
+    def gain(self, snr: Tensor) -> Tensor:
+        return snr.new_ones(snr.shape)
+
+
+class V(PredictionType):
+    """v = alpha eps - sigma x0 of a variance-preserving process (arXiv 2202.00512, section 4)."""
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return alpha * eps - sigma * x0
+
+    def x0_eps(
+        self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return alpha * x_t - sigma * output, sigma * x_t + alpha * output
+
+    def gain(self, snr: Tensor) -> Tensor:
+        return snr + 1
+
+
+@dataclass
+class Prediction:
+    """What a denoiser says about x_t; all tensors [B, ...] float32.
+
+    Attributes:
+        x0: the posterior mean of the data.
+        eps: the noise that goes with it: x_t = alpha x0 + sigma eps.
+        variance: ADM's learned v, about [-1, 1]; ``None`` where the variance is not learned.
+    """
+
+    x0: Tensor
+    eps: Tensor
+    variance: Tensor | None = None
+
+
+class Denoiser(nn.Module, ABC):
+    """``(x_t [B,...], t [B], y [B] | None) -> Prediction``; t may differ inside a batch.
+
+    t may lie on the CPU while x_t is on a GPU: samplers do that, so that routing costs no sync.
+    """
+
+    process: NoiseProcess
+
+    @abstractmethod
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
+        """The prediction in float32, whatever the network's precision."""
+
+
+class NetworkDenoiser(Denoiser):
+    """One network, its noise process, and what its output means.
+
+    Args:
+        network: ``(x_t, t, y) -> [B, C, ...]``, or [B, 2C, ...] when it learns the variance too.
+        process: the noise process.
+        prediction: the meaning of the output.
+    """
+
+    def __init__(
+        self, network: nn.Module, process: NoiseProcess, prediction: PredictionType
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.process = process
+        self.prediction = prediction
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
+        t = t.to(x_t.device, non_blocking=True)
+        output = self.network(x_t, t, y).float()
+        variance = None
+        if output.shape[1] == 2 * x_t.shape[1]:
+            output, variance = output.chunk(2, dim=1)
+        alpha, sigma = (expand(c, x_t) for c in self.process.alpha_sigma(t))
+        return Prediction(*self.prediction.x0_eps(output, x_t, alpha, sigma), variance)

@@ -1,0 +1,254 @@
+"""Samplers: one loop, one `step` formula each.
+
+Notation of a step from t to the next, cleaner s: a, sigma at t; a_s, sigma_s at s. The last step
+goes to data: a_s = 1, sigma_s = 0.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from expertdiff.describe import Described
+from expertdiff.diffusion.denoiser import Denoiser, Prediction
+from expertdiff.diffusion.objective import learned_log_variance
+from expertdiff.diffusion.process import DiscreteVP
+from expertdiff.seeds import generator
+
+
+class SampleNoise:
+    """The random numbers of a batch of samples: each a function of (seed, sample index, step).
+
+    So an image depends on its seed and index alone, not on the batch, the device or the number of
+    processes it was drawn with.
+
+    Args:
+        seed: the sampling seed.
+        index: the sample indices of this batch.
+        shape: of one sample, (C, H, W).
+        device: where the noise goes; it is always drawn on the CPU.
+    """
+
+    def __init__(
+        self, seed: int, index: Sequence[int], shape: Sequence[int], device: torch.device | str
+    ) -> None:
+        self.seed, self.index, self.shape, self.device = seed, index, tuple(shape), device
+
+    def __call__(self, step: int) -> Tensor:
+        """Standard normal [B, *shape]; step 0 is the start of the chain."""
+        draws = [
+            torch.randn(self.shape, generator=generator("cpu", self.seed, "sample", i, step))
+            for i in self.index
+        ]
+        return torch.stack(draws).to(self.device, non_blocking=True)
+
+
+class Step(NamedTuple):
+    """Coefficients of one step, floats: alpha and sigma at t, and at the next point s."""
+
+    alpha: float
+    sigma: float
+    alpha_s: float
+    sigma_s: float
+
+    @property
+    def tau(self) -> float:
+        """1 - (alpha sigma_s / (alpha_s sigma))^2: an ancestral step's share of fresh noise."""
+        return 1 - (self.alpha * self.sigma_s / (self.alpha_s * self.sigma)) ** 2
+
+
+class State(NamedTuple):
+    """Where a trajectory stands: x_t, its t, and what the denoiser said about it."""
+
+    t: int
+    x_t: Tensor
+    prediction: Prediction
+
+
+class Sampler(Described, ABC):
+    """From noise to data with any denoiser; deterministic in (seed, index).
+
+    Args:
+        steps: how many network calls: ``"ddim50"`` (ADM's integer stride: 0, 20, .., 980), ``50``
+            (ADM's rounded fractional stride: 0, 20, 41, .., 999), ``None`` for every timestep.
+        clip: clip the predicted x0 to [-1, 1], as images are; false for other data.
+    """
+
+    def __init__(self, steps: int | str | None = None, clip: bool = True) -> None:
+        self.steps, self.clip = steps, clip
+
+    @abstractmethod
+    def step(
+        self,
+        x_t: Tensor,
+        now: Prediction,
+        before: Prediction | None,
+        steps: Sequence[Step],
+        noise: Callable[[], Tensor],
+    ) -> Tensor:
+        """x_s from x_t.
+
+        Args:
+            x_t: [B, ...].
+            now: the prediction at t.
+            before: the prediction at the step before, ``None`` at the first.
+            steps: coefficients of all steps so far; the last is this one's.
+            noise: draws standard normal [B, ...]; a deterministic step does not call it.
+        """
+
+    def timesteps(self, T: int) -> list[int]:
+        """The original timesteps that are visited, noisiest first."""
+        return spaced(T, self.steps)[::-1]
+
+    @torch.no_grad()
+    def trajectory(
+        self, denoiser: Denoiser, noise: SampleNoise, y: Tensor | None = None
+    ) -> Iterator[State]:
+        """The states of the chain; the last has t = -1 and x_t = the samples."""
+        process = denoiser.process
+        if not isinstance(process, DiscreteVP):
+            raise ValueError(f"{type(self).__name__} samples DiscreteVP chains only")
+        visited = self.timesteps(process.T)
+        alpha, sigma = (c.tolist() for c in process.alpha_sigma(torch.tensor(visited)))
+        grid = list(zip([*alpha, 1.0], [*sigma, 0.0]))
+        steps = [Step(*here, *there) for here, there in zip(grid, grid[1:])]
+
+        x, before, now = noise(0), None, None
+        for k, t in enumerate(visited):
+            now = denoiser(x, torch.full((len(x),), t), y)
+            if self.clip:
+                x0 = now.x0.clamp(-1, 1)
+                # eps must follow the clipped x0, or the step would leave the line between them.
+                now = replace(now, x0=x0, eps=(x - steps[k].alpha * x0) / steps[k].sigma)
+            yield State(t, x, now)
+            x = self.step(x, now, before, steps[: k + 1], lambda k=k: noise(k + 1))
+            before = now
+        yield State(-1, x, now)
+
+    def __call__(self, denoiser: Denoiser, noise: SampleNoise, y: Tensor | None = None) -> Tensor:
+        """Samples [B, ...]: data in [-1, 1], where x0 is clipped."""
+        (last,) = deque(self.trajectory(denoiser, noise, y), maxlen=1)
+        return last.x_t
+
+
+class DDIM(Sampler):
+    """arXiv 2010.02502, eq. 12.
+
+    Args:
+        steps: see `Sampler`.
+        eta: 0 is deterministic, 1 has the noise of DDPM with the posterior variance.
+        clip: see `Sampler`.
+    """
+
+    def __init__(
+        self, steps: int | str | None = "ddim50", eta: float = 0.0, clip: bool = True
+    ) -> None:
+        super().__init__(steps, clip)
+        self.eta = eta
+
+    def step(
+        self,
+        x_t: Tensor,
+        now: Prediction,
+        before: Prediction | None,
+        steps: Sequence[Step],
+        noise: Callable[[], Tensor],
+    ) -> Tensor:
+        s = steps[-1]
+        fresh = self.eta * s.sigma_s * math.sqrt(s.tau)
+        x_s = s.alpha_s * now.x0 + math.sqrt(s.sigma_s**2 - fresh**2) * now.eps
+        return x_s + fresh * noise() if fresh else x_s
+
+
+class DDPM(Sampler):
+    """Ancestral sampling (arXiv 2006.11239, algorithm 2), with the learned variance if any.
+
+    Args:
+        steps: see `Sampler`.
+        large_variance: without a learned variance, beta instead of the posterior's beta~ (ADM's
+            default; better for many steps of an eps network, worse for few).
+        clip: see `Sampler`.
+    """
+
+    def __init__(
+        self, steps: int | str | None = None, large_variance: bool = False, clip: bool = True
+    ) -> None:
+        super().__init__(steps, clip)
+        self.large_variance = large_variance
+
+    def step(
+        self,
+        x_t: Tensor,
+        now: Prediction,
+        before: Prediction | None,
+        steps: Sequence[Step],
+        noise: Callable[[], Tensor],
+    ) -> Tensor:
+        s = steps[-1]
+        if s.sigma_s == 0:
+            return now.x0
+        mean = s.alpha_s * now.x0 + s.sigma_s * math.sqrt(1 - s.tau) * now.eps
+        beta, posterior = 1 - (s.alpha / s.alpha_s) ** 2, s.sigma_s**2 * s.tau
+        if now.variance is not None:
+            log_variance = learned_log_variance(now, math.log(beta), math.log(posterior))
+            return mean + (0.5 * log_variance).exp() * noise()
+        return mean + math.sqrt(beta if self.large_variance else posterior) * noise()
+
+
+class DPMSolverPP2M(Sampler):
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); first order at both ends of the chain."""
+
+    def __init__(self, steps: int | str | None = 20, clip: bool = True) -> None:
+        super().__init__(steps, clip)
+
+    def step(
+        self,
+        x_t: Tensor,
+        now: Prediction,
+        before: Prediction | None,
+        steps: Sequence[Step],
+        noise: Callable[[], Tensor],
+    ) -> Tensor:
+        s = steps[-1]
+        if s.sigma_s == 0:
+            return now.x0
+        h = math.log(s.alpha_s / s.sigma_s) - math.log(s.alpha / s.sigma)
+        x0 = now.x0
+        if before is not None:
+            last = steps[-2]
+            r = (math.log(s.alpha / s.sigma) - math.log(last.alpha / last.sigma)) / h
+            x0 = x0 + (x0 - before.x0) / (2 * r)
+        return s.sigma_s / s.sigma * x_t - s.alpha_s * math.expm1(-h) * x0
+
+
+def spaced(T: int, steps: int | str | None) -> list[int]:
+    """The kept timesteps of a chain of T, cleanest first (ADM's `timestep_respacing`).
+
+    Raises:
+        ValueError: `steps` is not understood, or cannot be had from T timesteps.
+    """
+    if steps is None:
+        return list(range(T))
+    text = str(steps)
+    integer_stride = text.startswith("ddim")
+    number = text.removeprefix("ddim")
+    if not number.isdecimal() or not 1 <= int(number) <= T:
+        raise ValueError(
+            f"steps = {steps!r} cannot be taken from {T} timesteps: "
+            f"give a number from 1 to {T}, or ddimN"
+        )
+    n = int(number)
+    if integer_stride:
+        for stride in range(1, T + 1):
+            if len(range(0, T, stride)) == n:
+                return list(range(0, T, stride))
+        raise ValueError(f"no integer stride takes {n} of {T} timesteps: give {n}, not ddim{n}")
+    stride = (T - 1) / max(n - 1, 1)
+    # Summed up and rounded half to even, as ADM does.
+    return [round(at) for at in accumulate([0.0] + [stride] * (n - 1))]

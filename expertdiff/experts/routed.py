@@ -1,0 +1,49 @@
+"""A hard route: each point of the chain belongs to one of several denoisers (MDM)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from expertdiff.diffusion.denoiser import Denoiser, Prediction
+from expertdiff.diffusion.partition import Partition
+
+
+class RoutedExperts(Denoiser):
+    """N denoisers, each acting where its interval of the partition holds t.
+
+    Args:
+        experts: one denoiser an interval, cleanest first, all of the same noise process.
+        partition: who owns which t.
+
+    Raises:
+        ValueError: as many experts as intervals are needed.
+    """
+
+    def __init__(self, experts: Sequence[Denoiser], partition: Partition) -> None:
+        super().__init__()
+        if len(experts) != len(partition):
+            raise ValueError(
+                f"{len(experts)} experts cannot serve the {len(partition)} intervals of {partition}"
+            )
+        self.experts = nn.ModuleList(experts)
+        self.partition = partition
+        self.process = experts[0].process
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
+        owner = self.partition.index(self.process.progress(t))
+        owners = owner.unique().tolist()
+        if len(owners) == 1:
+            return self.experts[owners[0]](x_t, t, y)
+        parts = []
+        for i in owners:
+            mine = owner == i
+            parts.append(self.experts[i](x_t[mine], t[mine], None if y is None else y[mine]))
+        # Stable: the inverse of "sorted by owner" puts every sample back in its place.
+        back = owner.argsort(stable=True).argsort().to(x_t.device)
+        variances = [part.variance for part in parts]
+        return Prediction(
+            x0=torch.cat([part.x0 for part in parts])[back],
+            eps=torch.cat([part.eps for part in parts])[back],
+            variance=None if variances[0] is None else torch.cat(variances)[back],
+        )

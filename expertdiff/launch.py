@@ -1,0 +1,315 @@
+"""Run a study on this machine: every job its own process; then stitch, test and report.
+
+Safe to run again: finished work is kept, unfinished work goes on from its checkpoints.
+"""
+
+import copy
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+import yaml
+from tqdm import tqdm
+
+from expertdiff.bundle import Bundle
+from expertdiff.describe import differences
+from expertdiff.diffusion.partition import Partition
+from expertdiff.files import read_json, sha256_of, write_json, write_text
+from expertdiff.loggers import read_metrics
+from expertdiff.report import write_report
+from expertdiff.study import Study
+
+INTERRUPTED = 75
+"""Exit code of a job that stopped on request and can be resumed (EX_TEMPFAIL)."""
+
+
+@dataclass
+class Job:
+    """One process of a study: a training or a test.
+
+    Attributes:
+        name: shown to the user.
+        verb: ``fit`` or ``test``.
+        config: the resolved configuration it runs with.
+        folder: its log and results.
+        steps: how many optimizer steps or batches it takes; 0 if it does not tell.
+    """
+
+    name: str
+    verb: str
+    config: dict[str, Any]
+    folder: Path
+    steps: int = 0
+    process: subprocess.Popen | None = field(default=None, repr=False)
+
+    @property
+    def command(self) -> list[str]:
+        """What to type to run or resume it by hand."""
+        return ["expertdiff", self.verb, "--config", str(self.folder / "job.yaml")]
+
+    @property
+    def log(self) -> Path:
+        """Everything it prints."""
+        return self.folder / "log.txt"
+
+    def start(self, environment: dict[str, str]) -> None:
+        """Starts the process, in a session of its own: only we pass signals on to it."""
+        write_text(self.folder / "job.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        log: TextIO
+        with open(self.log, "a", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | environment,
+                start_new_session=True,
+            )
+
+    def progress(self) -> tuple[int, str]:
+        """The step it has reached, and a word about how it goes."""
+        lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if "step" in line]
+        train = [line for line in lines if "train/loss" in line]
+        if not train:
+            return 0, "starting"
+        last = train[-1]
+        return last["step"], f"loss {last['train/loss']:.4f}, {last['steps_per_second']:.1f} it/s"
+
+    def why(self, lines: int = 5) -> str:
+        """The last lines of its log."""
+        text = self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
+        # A progress bar rewrites its line with carriage returns: keep what was shown last.
+        shown = [line.rsplit("\r", 1)[-1].strip() for line in text.rstrip().splitlines()]
+        return "\n".join(f"    {line}" for line in [line for line in shown if line][-lines:])
+
+
+def launch(study: Study, config: dict[str, Any], parallel: int | None = None) -> Path:
+    """Trains every job of a study that is not finished, then stitches, tests and reports.
+
+    Args:
+        study: names, folders, budgets.
+        config: the resolved configuration of ``fit``; plain data.
+        parallel: jobs at a time; by default one a GPU, or one a CPU core.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        ValueError: the folder holds another study.
+        SystemExit: a job failed or was interrupted; the code is that of the job.
+    """
+    arguments = config["model"]["init_args"]
+    partition = Partition(arguments["partition"]["edges"])
+    experts = "expert" in arguments
+    jobs = []
+    if experts:
+        for i, steps in enumerate(study.budgets(partition)):
+            jobs.append(_fit_job(study, config, f"expert-{i}", steps, expert=i))
+    if study.baseline or not experts:
+        jobs.append(_fit_job(study, config, "baseline", study.iterations))
+    _claim(study, config, partition, jobs)
+
+    unfinished = [job for job in jobs if not _finished(job)]
+    for job in jobs:
+        if job not in unfinished:
+            print(f"{job.name}: finished before ({job.steps} steps)")
+    run(sorted(unfinished, key=lambda job: -job.steps), parallel)
+
+    trained = {"stitched": [job for job in jobs if job.name != "baseline"]}
+    trained["baseline"] = [job for job in jobs if job.name == "baseline"]
+    tests = []
+    for name, sources in trained.items():
+        if sources:
+            folder = study.folder / "bundles" / name
+            bundle = Bundle.stitch([job.folder for job in sources], folder)
+            tests.append(_test_job(study, config, name, bundle))
+    run([job for job in tests if not _tested(job)], parallel)
+    report = write_report(study.folder)
+    print(f"report: {report}")
+    return report
+
+
+def _fit_job(
+    study: Study, config: dict[str, Any], name: str, steps: int, expert: int | None = None
+) -> Job:
+    config = copy.deepcopy(config)
+    if expert is None:
+        config["model"]["class_path"] = "expertdiff.methods.single.Diffusion"
+        config["model"]["init_args"].pop("expert", None)
+    else:
+        config["model"]["init_args"]["expert"] = expert
+    return Job(name, "fit", config, study.folder / name, steps)
+
+
+def _test_job(study: Study, config: dict[str, Any], name: str, bundle: Bundle) -> Job:
+    config = copy.deepcopy(config)
+    output = study.folder / "tests" / name
+    evaluation = config["study"]["evaluation"]
+    if evaluation is None:
+        raise ValueError("the study has no study.evaluation: say how the bundles are to be judged")
+    config["model"] = {
+        "class_path": "expertdiff.methods.stitched.Stitched",
+        "init_args": {
+            "bundle": str(bundle.folder),
+            "evaluation": evaluation,
+            "output": str(output),
+        },
+    }
+    # The bundle can be tested again by hand with the same settings.
+    write_text(bundle.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    return Job(f"test {name}", "test", config, output)
+
+
+def _finished(job: Job) -> bool:
+    path = job.folder / "done.json"
+    return path.is_file() and read_json(path)["step"] >= job.steps
+
+
+def _tested(job: Job) -> bool:
+    path = job.folder / "metrics.json"
+    if not path.is_file():
+        return False
+    result, arguments = read_json(path), job.config["model"]["init_args"]
+    manifest = Path(arguments["bundle"]) / "manifest.json"
+    return (
+        result["manifest_sha256"] == sha256_of(manifest)
+        and (job.folder / "job.yaml").is_file()
+        and yaml.safe_load((job.folder / "job.yaml").read_text())["model"] == job.config["model"]
+    )
+
+
+def _claim(study: Study, config: dict[str, Any], partition: Partition, jobs: list[Job]) -> None:
+    """Writes study.json; refuses a folder whose study has another model, data or seed."""
+    path = study.folder / "study.json"
+    ours = {key: config[key] for key in ("model", "data", "seed_everything")}
+    if path.is_file() and (changed := differences(ours, read_json(path)["config"])):
+        raise ValueError(
+            f"{study.folder} holds another study ({'; '.join(changed)}): "
+            "choose another --study.name, or restore the settings"
+        )
+    intervals = {f"expert-{i}": [e.lo, e.hi] for i, e in enumerate(partition.intervals())}
+    record = {
+        "name": study.name,
+        "config": ours,
+        "partition": list(partition.edges),
+        "process": config["model"]["init_args"]["process"],
+        "data": config["data"],
+        "iterations": study.iterations,
+        "seed": config["seed_everything"],
+        "jobs": {
+            job.name: {
+                "interval": intervals.get(job.name, [0, 1]),
+                "iterations": job.steps,
+            }
+            for job in jobs
+        },
+    }
+    write_json(path, record)
+
+
+def run(jobs: list[Job], parallel: int | None = None) -> None:
+    """Runs jobs as processes, several at a time, with their progress in one terminal.
+
+    A job that fails leaves the others running.
+
+    Raises:
+        SystemExit: after all have ended, if any failed or was interrupted.
+    """
+    if not jobs:
+        return
+    slots = _slots(len(jobs), parallel)
+    waiting, running, failed = list(jobs), {}, []
+    display = Display(jobs)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        while waiting or running:
+            while waiting and len(running) < len(slots):
+                slot = next(s for s in range(len(slots)) if s not in running)
+                running[slot] = waiting.pop(0)
+                running[slot].start(slots[slot])
+            time.sleep(0.5)
+            for slot, job in list(running.items()):
+                code = job.process.poll()
+                display.update(job, code)
+                if code is not None:
+                    del running[slot]
+                    if code:
+                        failed.append(job)
+    except KeyboardInterrupt:
+        display.close()
+        print("stopping: each job saves a checkpoint first")
+        for job in running.values():
+            job.process.send_signal(signal.SIGTERM)
+        for job in running.values():
+            job.process.wait()
+        print("stopped; the same command goes on from here")
+        raise SystemExit(INTERRUPTED) from None
+    display.close()
+    if failed:
+        for job in failed:
+            code = job.process.returncode
+            print(f"\n{job.name} failed with exit code {code}; the end of {job.log}:\n{job.why()}")
+            print(
+                f"  resume it with `{' '.join(job.command)}`, or all with the same launch command"
+            )
+        raise SystemExit(max(abs(job.process.returncode) for job in failed))
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _slots(jobs: int, parallel: int | None) -> list[dict[str, str]]:
+    """The environment of each place where a job can run."""
+    if gpus := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        return [{"CUDA_VISIBLE_DEVICES": device} for device in visible[: parallel or gpus]]
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    at_once = min(jobs, parallel or cores)
+    return [{"OMP_NUM_THREADS": str(max(1, cores // at_once))}] * at_once
+
+
+class Display:
+    """The progress of several jobs: bars on a terminal, a line now and then elsewhere."""
+
+    EVERY = 20.0
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self.bars: dict[str, tqdm] = {}
+        self.printed = time.monotonic()
+        if sys.stdout.isatty():
+            for position, job in enumerate(jobs):
+                self.bars[job.name] = tqdm(
+                    total=job.steps or None,
+                    desc=f"{job.name:>12}",
+                    position=position,
+                    file=sys.stdout,
+                    bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+                )
+
+    def update(self, job: Job, code: int | None) -> None:
+        """Shows where a job is; `code` is its exit code once it has ended."""
+        step, word = job.progress() if job.verb == "fit" else (0, "running")
+        if code is not None:
+            word = "done" if code == 0 else f"FAILED ({code})"
+        if bar := self.bars.get(job.name):
+            bar.set_postfix_str(word, refresh=False)
+            bar.n = step
+            bar.refresh()
+        elif code is not None or time.monotonic() - self.printed > self.EVERY:
+            self.printed = time.monotonic()
+            where = f"step {step} of {job.steps}, " if job.steps else ""
+            print(f"{job.name}: {where}{word}", flush=True)
+
+    def close(self) -> None:
+        """Leaves the last state on the screen."""
+        for bar in self.bars.values():
+            bar.close()

@@ -1,0 +1,1 @@
+"""Networks ``(x_t, t, y) -> prediction``; importing this makes their bare names known."""

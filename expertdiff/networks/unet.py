@@ -1,0 +1,287 @@
+"""The ADM UNet (Dhariwal & Nichol, arXiv 2105.05233), with the official project's keys."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from expertdiff.networks.network import Network
+
+
+class ADMUNet(Network):
+    """The UNet of ADM: residual blocks, attention at some resolutions, skips across the U.
+
+    A checkpoint of guided-diffusion with the same options loads with ``strict=True``. A fresh
+    network outputs exactly 0. The defaults are MDM's CIFAR-10 network: 53,010,566 parameters.
+
+    Args:
+        image_size: side of the (square) images in pixels.
+        in_channels: C of the images.
+        model_channels: the width that `channel_mult` multiplies; even.
+        num_res_blocks: residual blocks a level on the way down; one more on the way up.
+        channel_mult: width of each level; each but the last halves the resolution.
+        attention_resolutions: sides in pixels (not downsampling factors) at which every residual
+            block is followed by attention. The middle always has attention.
+        num_head_channels: channels of an attention head.
+        num_heads: this many heads instead of heads of `num_head_channels` (ADM at 128 pixels: 4).
+        dropout: probability, inside the residual blocks.
+        learn_sigma: output 2C channels, the second half for the variance.
+        use_scale_shift_norm: time and class scale and shift the second norm, instead of adding to
+            its input.
+        resblock_updown: residual blocks change the resolution, instead of single convolutions.
+        use_new_attention_order: channels of qkv lie [q,k,v][head], not [head][q,k,v]. The shapes
+            agree, the weights do not: it must be what the checkpoint was trained with.
+        num_classes: labels y in [0, num_classes); ``None`` for an unconditional network.
+        checkpointing: recompute blocks in the backward pass: less memory, the same gradients.
+
+    Raises:
+        ValueError: `image_size` cannot be halved often enough, `model_channels` is odd, or the
+            heads do not divide a width with attention.
+    """
+
+    def __init__(
+        self,
+        image_size: int,
+        in_channels: int = 3,
+        model_channels: int = 128,
+        num_res_blocks: int = 3,
+        channel_mult: tuple[float, ...] = (1, 2, 2, 2),
+        attention_resolutions: tuple[int, ...] = (32, 16, 8),
+        num_head_channels: int = 32,
+        num_heads: int | None = None,
+        dropout: float = 0.0,
+        learn_sigma: bool = True,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        num_classes: int | None = None,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        halvings = len(channel_mult) - 1
+        if image_size % 2**halvings:
+            raise ValueError(
+                f"image_size {image_size} cannot be halved {halvings} times: "
+                f"use a multiple of {2**halvings} or a shorter channel_mult"
+            )
+        if model_channels % 2:
+            raise ValueError(f"model_channels is {model_channels}: use an even number")
+        self.num_classes = num_classes
+        self.checkpointing = checkpointing
+        emb_channels = 4 * model_channels
+
+        def res(width: int, out: int, resample: nn.Module | None = None) -> ResBlock:
+            return ResBlock(width, out, emb_channels, dropout, use_scale_shift_norm, resample)
+
+        def level(width: int, out: int, side: int) -> list[nn.Module]:
+            blocks: list[nn.Module] = [res(width, out)]
+            if side in attention_resolutions:
+                blocks.append(attention(out))
+            return blocks
+
+        def attention(width: int) -> AttentionBlock:
+            if width % (num_heads or num_head_channels):
+                split = f"num_heads {num_heads}" if num_heads else f"{num_head_channels=}"
+                raise ValueError(f"attention over {width} channels needs a divisor, not {split}")
+            heads = num_heads or width // num_head_channels
+            return AttentionBlock(width, heads, use_new_attention_order)
+
+        half = model_channels // 2
+        frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half))
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, emb_channels),
+            nn.SiLU(),
+            nn.Linear(emb_channels, emb_channels),
+        )
+        if num_classes is not None:
+            self.label_emb = nn.Embedding(num_classes, emb_channels)
+
+        widths = [int(mult * model_channels) for mult in channel_mult]
+        width, side = widths[0], image_size
+        inputs = [nn.Sequential(conv3x3(in_channels, width))]
+        skips = [width]
+        for i, out in enumerate(widths):
+            for _ in range(num_res_blocks):
+                inputs.append(nn.Sequential(*level(width, out, side)))
+                skips.append(width := out)
+            if i < halvings:
+                down = res(width, width, nn.AvgPool2d(2)) if resblock_updown else Downsample(width)
+                inputs.append(nn.Sequential(down))
+                skips.append(width)
+                side //= 2
+        self.input_blocks = nn.ModuleList(inputs)
+
+        self.middle_block = nn.Sequential(res(width, width), attention(width), res(width, width))
+
+        outputs = []
+        for i, out in reversed(list(enumerate(widths))):
+            for _ in range(num_res_blocks + 1):
+                outputs.append(nn.Sequential(*level(width + skips.pop(), out, side)))
+                width = out
+            if i > 0:
+                up = res(width, width, nn.Upsample(scale_factor=2.0)) if resblock_updown else Upsample(width)
+                outputs[-1].append(up)
+                side *= 2
+        self.output_blocks = nn.ModuleList(outputs)
+
+        out_channels = 2 * in_channels if learn_sigma else in_channels
+        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), zero(conv3x3(width, out_channels)))
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """The prediction [B, C, H, W], or [B, 2C, H, W] with `learn_sigma`.
+
+        Args:
+            x_t: noisy images [B, C, H, W].
+            t: raw timesteps [B], integer or float.
+            y: class labels [B] int64, for a network with `num_classes` only.
+        """
+        if (y is None) != (self.num_classes is None):
+            raise ValueError(
+                f"num_classes is {self.num_classes} and y is {'missing' if y is None else 'given'}: "
+                "labels go with num_classes, and only with it"
+            )
+        angles = t[:, None].float() * self.frequencies
+        emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        h, skips = x_t, []
+        for blocks in self.input_blocks:
+            h = self._run(blocks, h, emb)
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb)
+        for blocks in self.output_blocks:
+            h = self._run(blocks, torch.cat([h, skips.pop()], dim=1), emb)
+        return self.out(h)
+
+    def _run(self, blocks: nn.Sequential, h: Tensor, emb: Tensor) -> Tensor:
+        for block in blocks:
+            inputs = (h, emb) if isinstance(block, ResBlock) else (h,)
+            if self.checkpointing and isinstance(block, (ResBlock, AttentionBlock)):
+                h = checkpoint(block, *inputs, use_reentrant=False)
+            else:
+                h = block(*inputs)
+        return h
+
+
+class ResBlock(nn.Module):
+    """``skip(x) + convs(x)``, the second norm modulated by the embedding of time and class.
+
+    `resample` (parameter-free) changes the resolution of both branches, before the first conv.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float,
+        scale_shift: bool,
+        resample: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.resample = resample or nn.Identity()
+        self.in_layers = nn.Sequential(
+            GroupNorm(channels), nn.SiLU(), conv3x3(channels, out_channels)
+        )
+        self.emb_layers = nn.Sequential(
+            nn.SiLU(), nn.Linear(emb_channels, (2 if scale_shift else 1) * out_channels)
+        )
+        self.out_layers = nn.Sequential(
+            GroupNorm(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero(conv3x3(out_channels, out_channels)),
+        )
+        same = channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, silu, conv = self.in_layers
+        h = conv(self.resample(silu(norm(x))))
+        emb = self.emb_layers(emb)[:, :, None, None]
+        norm, silu, dropout, conv = self.out_layers
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = torch.addcmul(shift, norm(h), 1 + scale)
+        else:
+            h = norm(h + emb)
+        return self.skip_connection(self.resample(x)) + conv(dropout(silu(h)))
+
+
+class AttentionBlock(nn.Module):
+    """Residual self-attention over the pixels."""
+
+    def __init__(self, channels: int, num_heads: int, new_order: bool) -> None:
+        super().__init__()
+        self.num_heads, self.new_order = num_heads, new_order
+        self.norm = GroupNorm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Pixels as rows: in channels_last this and everything below is a view.
+        h = self.norm(x).flatten(2).transpose(1, 2)
+        qkv = F.linear(h, self.qkv.weight.squeeze(2), self.qkv.bias)
+        if self.new_order:
+            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        else:
+            q, k, v = qkv.unflatten(2, (self.num_heads, 3, -1)).transpose(1, 2).unbind(3)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+class Downsample(nn.Module):
+    """Half the resolution by a strided convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0))
+
+
+class GroupNorm(nn.GroupNorm):
+    """32 groups where they divide the channels, else as many of 4 or more channels as do."""
+
+    def __init__(self, channels: int) -> None:
+        groups = 32
+        if channels % 32:
+            fits = (g for g in range(1, min(channels // 4, 32) + 1) if channels % g == 0)
+            groups = max(fits, default=1)
+        super().__init__(groups, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Autocast would widen activations to float32 and back. The kernels accumulate in float32
+        # anyway, and the convolutions round what comes out.
+        with torch.autocast(x.device.type, enabled=False):
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+def conv3x3(channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the resolution."""
+    return nn.Conv2d(channels, out_channels, 3, padding=1)
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """`module` with all parameters 0, so that its branch starts as nothing."""
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

@@ -1,0 +1,258 @@
+"""The sections of the page, each a function of the study."""
+
+from typing import Any
+
+from PIL import Image
+
+from expertdiff.diffusion.process import DiscreteVP
+from expertdiff.report import verdict
+from expertdiff.report.figures import (
+    BASELINE_COLOUR,
+    EXPERT_COLOUR,
+    chain_figure,
+    loss_figure,
+    svg,
+)
+from expertdiff.report.markup import Markup, joined, png, table, tag
+from expertdiff.report.study import BASELINE, STITCHED, Job, Result, Study
+from expertdiff.report.verdict import DEVIATIONS, cost, spread, state
+
+COLOURS = {BASELINE: BASELINE_COLOUR, STITCHED: EXPERT_COLOUR}
+GRID_WIDTH = 558
+"""CSS pixels of a sample grid: two side by side."""
+
+
+def _section(title: str, *children: str, note: str = "") -> Markup:
+    notes = [tag("p", note, class_="note")] if note else []
+    return tag("section", tag("h2", title), *children, *notes)
+
+
+def missing(study: Study) -> Markup:
+    lines = verdict.missing(study)
+    if not lines:
+        return Markup()
+    title = tag("p", "This study is not finished. Missing:")
+    return tag("div", title, tag("ul", *(tag("li", line) for line in lines)), class_="missing")
+
+
+def chain(study: Study) -> Markup:
+    complete = len(study.experts) == len(study.partition)
+    iterations = [job.iterations for job in study.experts] if complete else None
+    tested = study.results.get(STITCHED) or study.results.get(BASELINE)
+    figure = chain_figure(
+        study.partition, study.process, iterations, tested and tested.metrics["calls"]
+    )
+    return _section(
+        "The chain and its experts",
+        tag("figure", Markup(svg(figure)), role="img", aria_label="noise schedule and intervals"),
+        note="Each expert denoises the part of the chain above its column and is trained on that "
+        "part alone. x_t = alpha x0 + sigma eps, SNR = alpha^2/sigma^2; sampling runs from right "
+        "to left.",
+    )
+
+
+def distances(study: Study) -> Markup:
+    rows = [
+        [
+            _method(result.name),
+            result.metrics["metric"],
+            spread(result),
+            ", ".join(f"{value:.4g}" for value in result.metrics["values"]),
+            f"{result.metrics['samples']:,}",
+            str(result.metrics["nfe"]),
+            *_measure(result),
+        ]
+        for result in study.results.values()
+    ]
+    if not rows:
+        return _section("Distance to the data", tag("p", "Nothing has been tested yet."))
+    for result in study.results.values():
+        if (floor := result.metrics["floor"]) is not None:
+            metric = result.metrics["metric"]
+            rows.append(
+                [_method("real training images"), metric, f"{floor:.4g}", "–", "–", "–"]
+                + _measure(result)
+            )
+            break
+    header = ["method", "metric", "distance", "by sampling seed", "samples", "nfe"]
+    return _section(
+        "Distance to the data",
+        table([*header, "reference", "extractor"], rows),
+        note="Lower is better; mean ± standard deviation over the sampling seeds. The spread says "
+        "nothing about other training seeds. All distances depend on the number of samples: "
+        "compare rows of this table only. The verdict calls a difference real when it exceeds "
+        f"{DEVIATIONS} standard deviations of the difference of two single-seed measurements. Real "
+        "training images, measured against the same reference, are as good as samples can get.",
+    )
+
+
+def _measure(result: Result) -> list[str]:
+    facts = result.metrics
+    return [f"{facts['reference']}, {facts['reference_samples']:,} images", facts["extractor"]]
+
+
+def costs(study: Study) -> Markup:
+    costs = {name: cost(study, result) for name, result in study.results.items()}
+    if not costs:
+        return Markup()
+    base = costs.get(BASELINE)
+    rows = [
+        [
+            _method(name),
+            f"{c.total:,}",
+            f"{c.longest:,}",
+            f"{c.ntc:.1f}",
+            f"{c.nwct:.1f}",
+            _duration(c.wall, base and base.wall),
+            _duration(c.device, base and base.device),
+        ]
+        for name, c in costs.items()
+    ]
+    header = ["method", "total iterations", "longest job", "NTC", "NWCT"]
+    return _section(
+        "Training cost",
+        table([*header, "wall clock of the slowest job", "device time of all jobs"], rows),
+        note="NTC = 100 sum(I_e)/I_base and NWCT = 100 max(I_e)/I_base with the iterations I_e of "
+        f"each job and I_base = {study.facts['iterations']:,}: total and wall-clock training cost "
+        "in per cent of the baseline's budget, one device an expert and an iteration equally dear "
+        "everywhere (MDM). The last two columns are measured; in brackets, per cent of the "
+        "baseline's.",
+    )
+
+
+def losses(study: Study) -> Markup:
+    figures = {
+        "squared error": loss_figure(study, "mse", "validation mse"),
+        "variational bound of the learned variance": loss_figure(
+            study, "vb", "validation vb (bits)"
+        ),
+    }
+    drawn = [
+        tag("figure", Markup(svg(figure)), role="img", aria_label=f"validation {name} by interval")
+        for name, figure in figures.items()
+        if figure
+    ]
+    if not drawn:
+        return _section("Losses by interval", tag("p", "No validation loss has been logged yet."))
+    return _section(
+        "Losses by interval",
+        *drawn,
+        note="Of the averaged weights, on the same images, t and noise for baseline and expert, so "
+        "that the two curves of a panel may be compared. Losses of different intervals may not: "
+        "how hard the target is to predict changes along the chain, whatever the network. A step "
+        "of the baseline trains the whole chain, a step of an expert its own interval. Both axes "
+        "are logarithmic.",
+    )
+
+
+def grids(study: Study) -> Markup:
+    grids = {name: result.grid for name, result in study.results.items() if result.grid}
+    if not grids:
+        return _section("Samples", tag("p", "No samples have been drawn yet."))
+    sizes = {}
+    for name, path in grids.items():
+        with Image.open(path) as image:
+            sizes[name] = image.width
+    zoom = max(1, GRID_WIDTH // max(sizes.values()))
+    figures = [
+        tag("figure", tag("figcaption", _method(name)), png(path, zoom * sizes[name], name))
+        for name, path in grids.items()
+    ]
+    return _section(
+        "Samples",
+        tag("div", *figures, class_="grids"),
+        note=f"One pixel of a sample is {zoom} x {zoom} pixels here. With equal sampling seeds, the same "
+        "place in two grids started from the same noise.",
+    )
+
+
+def measurements(study: Study) -> Markup:
+    facts = {
+        "weights (steps)": "steps",
+        "EMA decay": "ema_decay",
+        "sampler": "sampler",
+        "network calls an image": "nfe",
+        "calls by interval": "calls",
+        "sampling seeds": "seeds",
+        "samples a seed": "samples",
+        "metric": "metric",
+        "extractor": "extractor",
+        "reference": "reference",
+        "reference images": "reference_samples",
+        "data": "data",
+        "device": "device",
+    }
+    results = list(study.results.values())
+    rows = [[label, *(_plain(r.metrics[key]) for r in results)] for label, key in facts.items()]
+    rows.append(["time of the test", *(_duration(r.metrics["seconds"]) for r in results)])
+    tests = [table(["test", *(_method(r.name) for r in results)], rows)] if results else []
+    data = study.facts["data"]
+    about = [
+        ["process", _plain(study.facts["process"])],
+        ["partition", _plain(study.facts["partition"])],
+        ["data", f"{data['class_path']}, {data['n']:,} images of shape {_plain(data['shape'])}"],
+        ["data scale", _plain(data["scale"])],
+        ["data digest", data["digest"]],
+        ["training seed", _plain(study.facts["seed"])],
+    ]
+    return _section("How every number was made", *tests, table(["study", ""], about))
+
+
+def jobs(study: Study) -> Markup:
+    header = ["job", "interval", "t", "iterations", "state", "wall clock", "steps/s", "device"]
+    rows = [_job(study, job) for job in study.jobs.values()]
+    files = [
+        "study.json: the study, from which its jobs can be started again",
+        "<job>/metrics.jsonl: every logged number of a job",
+        "<job>/done.json: step, time, device and checksum of a finished job",
+        "tests/<bundle>/metrics.json, grid.png: distances and samples of a bundle",
+    ]
+    return _section(
+        "Jobs and files",
+        table([*header, "weights (SHA-256)"], rows),
+        tag("ul", *(tag("li", line) for line in files)),
+    )
+
+
+def _job(study: Study, job: Job) -> list[str]:
+    done, seconds = job.done or {}, job.seconds(job.step)
+    t = job.interval.steps(study.process.T) if isinstance(study.process, DiscreteVP) else None
+    return [
+        job.name,
+        str(job.interval),
+        f"{t[0]}–{t[-1]}" if t else "–",
+        f"{job.iterations:,}",
+        state(job),
+        _duration(seconds),
+        f"{job.step / seconds:.3g}" if seconds else "–",
+        done.get("device", "–"),
+        done.get("sha256", "–")[:12],
+    ]
+
+
+def _method(name: str) -> Markup:
+    """The name with its colour in the curves, if it has one."""
+    if name not in COLOURS:
+        return joined([name])
+    return joined([tag("i", style=f"background:{COLOURS[name]}"), name])
+
+
+def _duration(seconds: float | None, base: float | None = None) -> str:
+    if seconds is None:
+        return "–"
+    minutes, hours = seconds / 60, seconds / 3600
+    text = f"{seconds:.3g} s" if minutes < 2 else f"{minutes:.3g} min"
+    text = text if hours < 2 else f"{hours:.3g} h"
+    return f"{text} ({100 * seconds / base:.0f} %)" if base else text
+
+
+def _plain(value: Any) -> str:
+    """A value of a study or test for reading: ``DDIM(steps=ddim50, eta=0)``."""
+    if isinstance(value, dict) and value.keys() == {"class_path", "init_args"}:
+        arguments = [f"{key}={_plain(item)}" for key, item in value["init_args"].items()]
+        return f"{value['class_path'].rpartition('.')[2]}({', '.join(arguments)})"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(_plain, value))
+    return "–" if value is None else str(value)

@@ -1,0 +1,144 @@
+"""A study folder, finished or not, as plain objects."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from expertdiff.describe import build
+from expertdiff.diffusion.partition import Interval, Partition
+from expertdiff.diffusion.process import NoiseProcess
+from expertdiff.files import read_json
+from expertdiff.loggers import read_metrics
+
+BASELINE, STITCHED = "baseline", "stitched"
+"""The names of the job of the whole chain, and of the tests that the verdict compares."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training job.
+
+    Attributes:
+        name: its folder in the study.
+        interval: what it trains.
+        iterations: how many it shall train.
+        history: the lines of its metrics file.
+        done: its record of completion, ``None`` while unfinished.
+    """
+
+    name: str
+    interval: Interval
+    iterations: int
+    history: list[dict[str, Any]]
+    done: dict[str, Any] | None
+
+    @property
+    def step(self) -> int:
+        """The last step known."""
+        if self.done:
+            return self.done["step"]
+        return max((line["step"] for line in self.history), default=0)
+
+    @property
+    def devices(self) -> int:
+        """How many devices it trained on."""
+        return (self.done or {}).get("devices", 1)
+
+    def seconds(self, step: int) -> float | None:
+        """Wall-clock seconds of training up to `step`; ``None`` where none were logged."""
+        if self.done and step >= self.done["step"]:
+            return self.done["seconds"]
+        return max(
+            (
+                line["seconds"]
+                for line in self.history
+                if "seconds" in line and line["step"] <= step
+            ),
+            default=None,
+        )
+
+    def curve(self, key: str) -> tuple[list[int], list[float]]:
+        """The steps and values of `key`; only positive ones, which is what a log axis can show."""
+        points = [
+            (line["step"], line[key]) for line in self.history if 0 < line.get(key, 0) < math.inf
+        ]
+        steps, values = zip(*points) if points else ((), ())
+        return list(steps), list(values)
+
+
+@dataclass(frozen=True)
+class Result:
+    """The test of one bundle: its folder's name, its metrics and its sample grid, if any."""
+
+    name: str
+    metrics: dict[str, Any]
+    grid: Path | None
+
+    @property
+    def steps(self) -> dict[str, int]:
+        """The trained steps of each expert of the bundle."""
+        return self.metrics["steps"]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything a report tells about.
+
+    Attributes:
+        facts: the study's own description.
+        jobs: baseline first, then the experts, cleanest first.
+        results: baseline and stitched first, then the others by name.
+    """
+
+    facts: dict[str, Any]
+    jobs: dict[str, Job]
+    results: dict[str, Result]
+
+    @cached_property
+    def partition(self) -> Partition:
+        """The intervals."""
+        return Partition(self.facts["partition"])
+
+    @cached_property
+    def process(self) -> NoiseProcess:
+        """The noise process of all jobs."""
+        return build(self.facts["process"], NoiseProcess)
+
+    @property
+    def experts(self) -> list[Job]:
+        """The jobs that train a part of the chain, cleanest first."""
+        return [job for job in self.jobs.values() if job.name != BASELINE]
+
+
+def read_study(folder: Path) -> Study:
+    """What is there so far.
+
+    Raises:
+        ValueError: `folder` holds no study, or one of its files is no valid JSON.
+    """
+    if not (folder / "study.json").is_file():
+        raise ValueError(f"{folder} holds no study.json: give the folder of a study")
+    facts = read_json(folder / "study.json")
+    jobs = [_job(folder / name, planned) for name, planned in facts["jobs"].items()]
+    jobs.sort(key=lambda job: (job.name != BASELINE, job.interval.lo))
+    results = [_result(path.parent) for path in folder.glob("tests/*/metrics.json")]
+    results.sort(key=lambda result: (result.name not in (BASELINE, STITCHED), result.name))
+    return Study(facts, {job.name: job for job in jobs}, {r.name: r for r in results})
+
+
+def _job(folder: Path, planned: dict[str, Any]) -> Job:
+    record = folder / "done.json"
+    return Job(
+        name=folder.name,
+        interval=Interval(*planned["interval"]),
+        iterations=planned["iterations"],
+        history=read_metrics(folder / "metrics.jsonl"),
+        done=read_json(record) if record.is_file() else None,
+    )
+
+
+def _result(folder: Path) -> Result:
+    grid = folder / "grid.png"
+    return Result(folder.name, read_json(folder / "metrics.json"), grid if grid.is_file() else None)

@@ -1,0 +1,150 @@
+"""What the numbers of a study say, in words, and what they cost."""
+
+import math
+from dataclasses import dataclass
+
+from expertdiff.describe import differences
+from expertdiff.report.study import BASELINE, STITCHED, Job, Result, Study
+
+MEASURED_ALIKE = (
+    "metric",
+    "sampler",
+    "seeds",
+    "samples",
+    "reference",
+    "reference_samples",
+    "extractor",
+    "ema_decay",
+    "data",
+)
+"""What two tests must share before their distances may be compared."""
+
+DEVIATIONS = 2
+"""Standard deviations of a difference below which it may come from the sampling seeds alone."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The training cost of a bundle.
+
+    Attributes:
+        total, longest: iterations, of all its jobs and of the longest.
+        ntc, nwct: both in per cent of the baseline's budget (MDM, section 4).
+        wall, device: seconds, of the slowest job and summed over devices; ``None`` if not logged.
+    """
+
+    total: int
+    longest: int
+    ntc: float
+    nwct: float
+    wall: float | None
+    device: float | None
+
+
+def cost(study: Study, result: Result) -> Cost:
+    """What training the experts of a tested bundle took; every job has its own device."""
+    steps = result.steps
+    total, longest, budget = sum(steps.values()), max(steps.values()), study.facts["iterations"]
+    wall = device = None
+    if steps.keys() <= study.jobs.keys():
+        jobs = [study.jobs[name] for name in steps]
+        seconds = [job.seconds(steps[job.name]) for job in jobs]
+        if None not in seconds:
+            wall = max(seconds)
+            device = sum(s * job.devices for s, job in zip(seconds, jobs))
+    return Cost(total, longest, 100 * total / budget, 100 * longest / budget, wall, device)
+
+
+def verdict(study: Study) -> str:
+    """One sentence: who is better, by how much, and whether the sampling seeds allow to say so."""
+    experts, baseline = study.results.get(STITCHED), study.results.get(BASELINE)
+    if experts is None and baseline is None:
+        return "No verdict yet: nothing has been tested."
+    if experts is None:
+        return f"No verdict yet: the stitched experts are not tested; baseline {_tested(baseline)}."
+    if baseline is None:
+        planned = BASELINE in study.jobs
+        why = (
+            "No verdict yet: the baseline is not tested" if planned else "No baseline in this study"
+        )
+        return f"{why}; stitched experts {_tested(experts)}."
+    ours, theirs = (
+        {key: r.metrics.get(key) for key in MEASURED_ALIKE} for r in (experts, baseline)
+    )
+    if unlike := differences(ours, theirs):
+        return (
+            "No verdict: stitched experts and baseline were not measured alike "
+            f"({'; '.join(unlike)})."
+        )
+    return (
+        f"Stitched experts: {experts.metrics['metric']} {spread(experts)}, "
+        f"baseline {spread(baseline)} {_budgets(experts, baseline)} ({_counts(experts)}): "
+        f"{_winner(experts, baseline)}."
+    )
+
+
+def _winner(experts: Result, baseline: Result) -> str:
+    ours, theirs = experts.metrics, baseline.metrics
+    gain = theirs["mean"] - ours["mean"]
+    percent = f"{100 * abs(gain) / theirs['mean']:.2g} %"
+    better = f"{'the experts are' if gain > 0 else 'the baseline is'} better by {percent}"
+    if len(ours["values"]) < 2:
+        return f"{better} with this one seed, which cannot tell a difference from chance"
+    noise = DEVIATIONS * math.hypot(ours["std"], theirs["std"])
+    numbers = f"(difference {abs(gain):.2g}, {DEVIATIONS} standard deviations {noise:.2g})"
+    if abs(gain) <= noise:
+        return f"the difference of {percent} is within the sampling spread {numbers}, no winner"
+    return f"{better}, more than the sampling spread {numbers}"
+
+
+def _budgets(experts: Result, baseline: Result) -> str:
+    ours, theirs = sum(experts.steps.values()), sum(baseline.steps.values())
+    if ours == theirs:
+        return "at equal total iterations"
+    return f"with the experts at {100 * ours / theirs:.3g} % of the baseline's iterations"
+
+
+def _tested(result: Result) -> str:
+    return f"{result.metrics['metric']} {spread(result)} ({_counts(result)})"
+
+
+def _counts(result: Result) -> str:
+    seeds = len(result.metrics["values"])
+    plural = "" if seeds == 1 else "s"
+    return f"n = {result.metrics['samples']:,} samples, {seeds} sampling seed{plural}"
+
+
+def spread(result: Result) -> str:
+    """``1.230 ± 0.020``: two digits of the spread; no spread with one seed."""
+    mean, std = result.metrics["mean"], result.metrics["std"]
+    if len(result.metrics["values"]) < 2 or not std:
+        return f"{mean:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(std)))
+    return f"{mean:.{decimals}f} ± {std:.{decimals}f}"
+
+
+def missing(study: Study) -> list[str]:
+    """What keeps this study from being finished, one line each."""
+    lines = [f"{job.name}: {state(job)}" for job in study.jobs.values() if not job.done]
+    expected = [BASELINE] * (BASELINE in study.jobs) + [STITCHED] * bool(study.experts)
+    lines += [f"the test of {name}" for name in expected if name not in study.results]
+    for result in study.results.values():
+        if result.grid is None:
+            lines.append(f"the sample grid of {result.name}")
+        for name, step in result.steps.items():
+            job = study.jobs.get(name)
+            if job and step < job.iterations:
+                lines.append(
+                    f"a test of {result.name} with all of {name}: "
+                    f"this one has step {step:,} of {job.iterations:,}"
+                )
+    return lines
+
+
+def state(job: Job) -> str:
+    """How far a job is."""
+    if job.done:
+        return "finished"
+    if not job.step:
+        return "not started"
+    return f"unfinished, at step {job.step:,} of {job.iterations:,}"

@@ -1,0 +1,420 @@
+import io
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from PIL import Image
+
+from expertdiff.describe import build, describe
+from expertdiff.evaluation.features import FeatureExtractor, Inception, Pixels
+from expertdiff.evaluation.frechet import Statistics, cached_statistics, frechet_distance
+from expertdiff.evaluation.images import load_npz, save_grid, save_npz, to_uint8
+
+
+class Bomb:
+    """Unpickling this leaves a mark on the disk."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def images(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+
+
+def features(count, dimensions, seed):
+    """Correlated features: a random matrix with a decaying spectrum."""
+    generator = torch.Generator().manual_seed(seed)
+    white = torch.randn(count, dimensions, generator=generator, dtype=torch.float64)
+    mixing = torch.randn(dimensions, dimensions, generator=generator, dtype=torch.float64)
+    return white @ (mixing * torch.logspace(0, -2, dimensions)) + 0.1 * seed
+
+
+# Images -------------------------------------------------------------------------------------------
+
+
+def test_to_uint8_cuts_fractions_off_and_clamps():
+    x = torch.tensor([-1.0, 1.0, 0.0, 0.999, -1 + 1.99 / 127.5, -3.0, 7.0])
+    assert to_uint8(x).tolist() == [0, 255, 127, 254, 1, 0, 255]
+    assert to_uint8(torch.tensor([0.25], dtype=torch.bfloat16)).tolist() == [159]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_to_uint8_refuses_what_is_not_finite(bad):
+    with pytest.raises(ValueError, match="diverged"):
+        to_uint8(torch.tensor([0.0, bad]))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_magnifies_small_images_without_smoothing(tmp_path, channels):
+    tiles = images(6, channels, 8, 8)
+    save_grid(tiles, tmp_path / "deep" / "grid.png", columns=3)
+    grid = np.asarray(Image.open(tmp_path / "deep" / "grid.png"))
+    tile, border = 32, 2
+    assert grid.shape == (2 * (tile + border) + border, 3 * (tile + border) + border, 3)
+    row, column = 1, 2
+    top, left = border + row * (tile + border), border + column * (tile + border)
+    shown = grid[top : top + tile, left : left + tile]
+    expected = tiles[row * 3 + column].expand(3, -1, -1).permute(1, 2, 0).numpy()
+    assert (shown == np.kron(expected, np.ones((4, 4, 1), dtype=np.uint8))).all()
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["grid.png"]
+
+
+def test_grid_leaves_large_images_as_they_are(tmp_path):
+    tiles = images(2, 3, 40, 33)
+    save_grid(tiles, tmp_path / "grid.png", columns=2)
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert (grid[2:42, 37:70] == tiles[1].permute(1, 2, 0).numpy()).all()
+
+
+def test_npz_has_adms_layout_and_comes_back(tmp_path):
+    samples, labels = images(5, 3, 4, 6), torch.tensor([3, 1, 4, 1, 5], dtype=torch.int32)
+    save_npz(samples, tmp_path / "samples", labels)
+    with np.load(tmp_path / "samples", allow_pickle=False) as archive:
+        assert archive["arr_0"].shape == (5, 4, 6, 3)
+        assert archive["arr_0"].dtype == np.uint8 and archive["arr_1"].dtype == np.int64
+        assert (archive["arr_0"][2, 1, 5] == samples[2, :, 1, 5].numpy()).all()
+    restored, restored_labels = load_npz(tmp_path / "samples")
+    assert torch.equal(restored, samples)
+    assert restored_labels.dtype == torch.int64 and restored_labels.tolist() == labels.tolist()
+    save_npz(samples[:, :1], tmp_path / "grey.npz")
+    restored, restored_labels = load_npz(tmp_path / "grey.npz")
+    assert torch.equal(restored, samples[:, :1]) and restored_labels is None
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["grey.npz", "samples"]
+
+
+@pytest.mark.parametrize(
+    "arrays, reason",
+    [
+        ({"samples": np.zeros((2, 4, 4, 3), np.uint8)}, "no arr_0"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.float32)}, "float32"),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"\[2, 3, 4, 4\]"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(3, int)}, "labels"),
+        ({"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "arr_1": np.zeros(2)}, "labels"),
+    ],
+)
+def test_npz_of_another_layout_is_refused(tmp_path, arrays, reason):
+    np.savez(tmp_path / "x.npz", **arrays)
+    with pytest.raises(ValueError, match=reason):
+        load_npz(tmp_path / "x.npz")
+
+
+def test_npz_that_holds_pickles_is_refused_unread(tmp_path):
+    bomb = np.array([Bomb(tmp_path / "mark")], dtype=object)
+    np.savez(tmp_path / "inside.npz", arr_0=bomb)
+    np.save(tmp_path / "raw.npy", bomb)
+    for name in ("inside.npz", "raw.npy", "absent.npz"):
+        with pytest.raises(ValueError, match=name):
+            load_npz(tmp_path / name)
+    assert not (tmp_path / "mark").exists()
+
+
+def test_truncated_npz_is_refused(tmp_path):
+    save_npz(images(5, 3, 8, 8), tmp_path / "x.npz")
+    whole = (tmp_path / "x.npz").read_bytes()
+    for size in (0, 10, len(whole) // 2, len(whole) - 1):
+        (tmp_path / "x.npz").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="x.npz"):
+            load_npz(tmp_path / "x.npz")
+
+
+# The Frechet distance -----------------------------------------------------------------------------
+
+
+def test_distance_of_commuting_gaussians_is_the_closed_form():
+    rotation, _ = torch.linalg.qr(features(12, 12, seed=1))
+    a, b = torch.linspace(0.1, 3, 12).double(), torch.linspace(5, 0.2, 12).double()
+    shift = torch.linspace(-1, 2, 12).double()
+    first = Statistics(torch.zeros(12).double(), rotation @ a.diag() @ rotation.T, 100)
+    second = Statistics(shift, rotation @ b.diag() @ rotation.T, 200)
+    expected = shift.square().sum() + (a.sqrt() - b.sqrt()).square().sum()
+    assert frechet_distance(first, second) == pytest.approx(expected.item(), rel=1e-10)
+
+
+def test_distance_is_that_of_the_matrix_root():
+    x, y = features(400, 40, seed=1), features(300, 40, seed=2)
+    root = scipy.linalg.sqrtm(np.cov(x, rowvar=False) @ np.cov(y, rowvar=False)).real
+    expected = (
+        (x.mean(0) - y.mean(0)).square().sum().item()
+        + np.trace(np.cov(x, rowvar=False))
+        + np.trace(np.cov(y, rowvar=False))
+        - 2 * np.trace(root)
+    )
+    a, b = Statistics.of(x.float()), Statistics.of(y.float())
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, b) == frechet_distance(b, a)
+
+
+@pytest.mark.parametrize("counts", [(20, 300), (300, 20), (20, 25), (61, 61), (2, 2)])
+def test_distance_of_singular_covariances_is_exact(counts):
+    """Against singular values of the features: tr (S1 S2)^(1/2) is a nuclear norm."""
+    x, y = features(counts[0], 60, seed=1), features(counts[1], 60, seed=2)
+    x[:, 3] = x[:, 4]
+    y[:, 5] = 1
+    centred = [(z - z.mean(0)) / (len(z) - 1) ** 0.5 for z in (x, y)]
+    expected = (
+        (x.mean(0) - y.mean(0)).square().sum()
+        + centred[0].square().sum()
+        + centred[1].square().sum()
+        - 2 * torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
+    )
+    distance = frechet_distance(Statistics.of(x), Statistics.of(y))
+    assert distance == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("count", [10, 500])
+def test_equal_sets_are_at_zero_and_never_below(count):
+    statistics = Statistics.of(features(count, 50, seed=3))
+    assert 0 <= frechet_distance(statistics, statistics) < 1e-6 * statistics.cov.trace()
+    constant = Statistics.of(torch.ones(4, 50))
+    assert frechet_distance(constant, constant) == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(bad):
+    x = features(30, 8, seed=1)
+    x[7, 3] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        Statistics.of(x)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_images_are_refused(count):
+    with pytest.raises(ValueError, match=f"statistics of {count} images"):
+        Statistics.of(torch.zeros(count, 8))
+
+
+def test_features_of_different_extractors_are_refused():
+    with pytest.raises(ValueError, match="of 8 and of 9 dimensions"):
+        frechet_distance(Statistics.of(torch.rand(5, 8)), Statistics.of(torch.rand(5, 9)))
+
+
+# Reference statistics on disk ---------------------------------------------------------------------
+
+KEY = dict(data_digest="d1", count=30, resolution=8, extractor="pixels")
+
+
+def cached(folder, seed=1, **changes):
+    """What the cache returns when `seed` is what would be computed, and whether it was computed."""
+    computed = []
+
+    def compute():
+        computed.append(seed)
+        return Statistics.of(features(30, 8, seed))
+
+    return cached_statistics(folder, compute, **KEY | changes), bool(computed)
+
+
+def test_cache_computes_once_and_returns_the_same_bits(tmp_path):
+    first, computed = cached(tmp_path / "new")
+    again, computed_again = cached(tmp_path / "new", seed=2)
+    assert computed and not computed_again
+    assert torch.equal(first.mean, again.mean) and torch.equal(first.cov, again.cov)
+    assert again.count == first.count and again.cov.dtype == torch.float64
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data_digest": "d2"}, {"count": 31}, {"resolution": 9}, {"extractor": "pixels, other"}],
+)
+def test_whatever_the_numbers_depend_on_names_another_file(tmp_path, change):
+    cached(tmp_path)
+    other, computed = cached(tmp_path, seed=2, **change)
+    assert computed and torch.equal(other.cov, Statistics.of(features(30, 8, 2)).cov)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_broken_or_renamed_cache_is_computed_again(tmp_path):
+    cached(tmp_path)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 97):
+        path.write_bytes(whole[:size])
+        statistics, computed = cached(tmp_path, seed=2)
+        assert computed and torch.equal(statistics.cov, Statistics.of(features(30, 8, 2)).cov)
+        assert not cached(tmp_path)[1]
+    path.write_bytes(whole)
+    cached(tmp_path, seed=2, data_digest="d2")
+    (other,) = set(tmp_path.iterdir()) - {path}
+    os.replace(other, path)
+    assert cached(tmp_path)[1]
+
+
+def test_cache_survives_another_process_that_finishes_first(tmp_path):
+    def compute():
+        cached(tmp_path)
+        return Statistics.of(features(30, 8, seed=1))
+
+    statistics = cached_statistics(tmp_path, compute, **KEY)
+    stored, computed = cached(tmp_path)
+    assert not computed and torch.equal(stored.cov, statistics.cov)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+# Features -----------------------------------------------------------------------------------------
+
+
+def test_pixels_are_the_pixels_and_not_called_fid():
+    pixels = Pixels()
+    assert pixels.metric == "FD-pixels"
+    x = images(4, 1, 3, 5)
+    assert torch.equal(pixels(x) * 255, x.flatten(1).float())
+    assert describe(build(describe(pixels), FeatureExtractor)) == describe(pixels)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 8, 8), images(3, 8, 8), images(2, 4, 8, 8)])
+def test_extractors_refuse_what_is_not_an_image_in_bytes(wrong):
+    with pytest.raises(ValueError, match="to_uint8"):
+        Pixels()(wrong)
+
+
+class Probe(Pixels):
+    """A matrix product of its pixels, which autocast would round."""
+
+    def extract(self, images):
+        assert not torch.backends.cudnn.allow_tf32
+        x = super().extract(images)
+        return x @ x.T
+
+
+def test_features_are_float32_inside_autocast():
+    x = images(2, 1, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = Probe()(x)
+    assert inside.dtype == torch.float32 and torch.equal(inside, Probe()(x))
+
+
+def untrained_inception():
+    """torch-fidelity's own network with random weights and running statistics."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        def load_state_dict(self, state_dict):
+            pass
+
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    nothing.seek(0)
+    torch.manual_seed(0)
+    network = Untrained("inception-v3-compat", ["2048"], nothing)
+    for name, weight in network.state_dict().items():
+        if "conv" in name:
+            torch.nn.init.kaiming_normal_(weight, nonlinearity="relu")
+        elif weight.ndim == 1:
+            weight.uniform_(0.5, 1.5)
+    return network
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    network = untrained_inception()
+    path = tmp_path_factory.mktemp("weights") / "untrained.pth"
+    weights = {name: w for name, w in network.state_dict().items() if not name.startswith("fc.")}
+    torch.save(weights, path)
+    return network, weights, path
+
+
+def test_inception_is_torch_fidelitys_network(untrained):
+    network, _, path = untrained
+    inception = Inception(str(path))
+    x = images(2, 3, 32, 32)
+    x[1] //= 4
+    (expected,) = network(x)
+    found = inception(x)
+    assert found.shape == (2, 2048) and found.dtype == torch.float32
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    # Else the random network forgot its input, and the comparison says nothing.
+    assert expected.std(0).mean() > 1e-2 * expected.abs().max()
+    grey = x[:, :1]
+    assert torch.equal(inception(grey), inception(grey.repeat(1, 3, 1, 1)))
+    assert inception.metric == "FID" and len(inception.state_dict()) == 0
+
+
+def test_inceptions_identity_changes_with_the_weights(untrained, tmp_path):
+    _, weights, path = untrained
+    name = "Mixed_7c.branch_pool.bn.bias"
+    torch.save({**weights, name: weights[name] + 1}, tmp_path / "other.pth")
+    assert Inception(path).identity == Inception(path).identity
+    assert Inception(path).identity != Inception(tmp_path / "other.pth").identity
+
+
+def test_inception_refuses_other_weights(untrained, tmp_path):
+    _, weights, _ = untrained
+    name = "Mixed_7c.branch_pool.bn.bias"
+    missing = {key: weight for key, weight in weights.items() if key != name}
+    wrong = {
+        "not finite": {**weights, name: weights[name] * float("nan")},
+        f'Missing key.*"{name}"': missing,
+        "Unexpected key": {**weights, "extra": torch.zeros(1)},
+        "size mismatch": {**weights, name: torch.zeros(7)},
+        "no state dict": [1, 2],
+        "no state dict of tensors": {"model": dict(weights=torch.zeros(1))},
+    }
+    path = tmp_path / "wrong.pth"
+    for reason, content in wrong.items():
+        torch.save(content, path)
+        inception = Inception(path)
+        with pytest.raises(ValueError, match=reason) as raised:
+            inception.identity  # noqa: B018
+        assert "wrong.pth" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_inception_refuses_damaged_and_absent_files(tmp_path):
+    path = tmp_path / "cut.pth"
+    torch.save({"a": torch.zeros(1000)}, path)
+    whole = path.read_bytes()
+    for size in (0, 20, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="cut.pth cannot be loaded"):
+            Inception(path)(images(1, 3, 8, 8))
+    with pytest.raises(ValueError, match="weights=.*absent.pth is not a file"):
+        Inception(tmp_path / "absent.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_inception_executes_nothing_of_a_malicious_file(tmp_path, zipped):
+    bomb = Bomb(tmp_path / "mark")
+    torch.save({"a": bomb}, tmp_path / "bomb.pth", _use_new_zipfile_serialization=zipped)
+    assert zipfile.is_zipfile(tmp_path / "bomb.pth") == zipped
+    with pytest.raises(ValueError, match="never run"):
+        Inception(tmp_path / "bomb.pth").identity  # noqa: B018
+    assert not (tmp_path / "mark").exists()
+
+
+def test_inception_without_internet_names_the_file_and_the_argument(tmp_path, monkeypatch):
+    def offline(url, destination):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
+    inception = Inception()
+    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05.*argument weights"):
+        inception(images(1, 3, 8, 8))
+
+
+def test_fid_of_real_images_equals_torch_fidelitys():
+    folder = os.environ.get("EXPERTDIFF_DATA")
+    if folder is None:
+        pytest.skip("EXPERTDIFF_DATA names no folder with CIFAR-10 and Inception weights")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    weights = next(Path(folder).glob("weights-inception-2015-12-05-*.pth"))
+    raw = np.fromfile(Path(folder, "cifar-10-batches-bin", "test_batch.bin"), np.uint8, 16 * 3073)
+    x = torch.from_numpy(raw.reshape(16, 3073)[:, 1:].reshape(16, 3, 32, 32).copy())
+    ours = Inception(weights)(x)
+    stock = FeatureExtractorInceptionV3("stock", ["2048"], str(weights))
+    assert (ours[:8] - stock(x[:8])[0]).abs().max() < 1e-4
+    halves = [fid_features_to_statistics(half.double()) for half in (ours[:8], ours[8:])]
+    theirs = fid_statistics_to_metric(*halves, verbose=False)["frechet_inception_distance"]
+    distance = frechet_distance(Statistics.of(ours[:8]), Statistics.of(ours[8:]))
+    assert distance == pytest.approx(theirs, rel=1e-3)
