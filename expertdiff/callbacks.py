@@ -207,7 +207,8 @@ class ExactCheckpoint(Checkpoint):
         if self._saved_step == trainer.global_step:
             return
         folder = self._folder(trainer)
-        trainer.save_checkpoint(checkpoints.checkpoint_path(folder, trainer.global_step))
+        path = checkpoints.checkpoint_path(folder, trainer.global_step)
+        trainer.save_checkpoint(path, weights_only=False)
         self._saved_step = trainer.global_step
         if self.keep is not None and trainer.is_global_zero:
             paths = sorted(folder.glob("step-*.ckpt"), key=checkpoints.step_of)

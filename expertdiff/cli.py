@@ -24,7 +24,7 @@ import expertdiff.methods.single
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints
 from expertdiff.bundle import Bundle
-from expertdiff.callbacks import EMA, ExactCheckpoint, Interrupted, LossByInterval
+from expertdiff.callbacks import EMA, DenoisingGrid, ExactCheckpoint, Interrupted, LossByInterval
 from expertdiff.data.base import Data
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.samplers import DDIM, Sampler
@@ -64,7 +64,11 @@ class ExpertCLI(LightningCLI):
                 "max_epochs": -1,  # one endless epoch, ended by max_steps
                 "num_sanity_val_steps": 0,
                 "use_distributed_sampler": False,  # the data layer splits batches over ranks
-                "callbacks": [LossByInterval()],
+                "check_val_every_n_epoch": None,  # val_check_interval counts steps
+                "val_check_interval": 1000,
+                "log_every_n_steps": 50,
+                "logger": [{"class_path": "JsonLines"}, {"class_path": "WandB"}],
+                "callbacks": [LossByInterval(), DenoisingGrid()],
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -289,7 +293,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0 done, 2 bad input, 75 interrupted and resumable."""
     args = list(sys.argv[1:] if args is None else args)
     verb = args[0] if args else "--help"
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Of Lightning and jsonargparse about each other and torch; nothing a user could mend.
+    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*ddp_comm_hook.*"):
+        warnings.filterwarnings("ignore", message=message)
     try:
         if verb in ExpertCLI.subcommands():
             ExpertCLI(args)

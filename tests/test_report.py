@@ -15,6 +15,7 @@ from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import CosineBetas, DiscreteVP
 from expertdiff.diffusion.samplers import DDIM
 from expertdiff.report import chain_figure, write_report
+from expertdiff.report.figures import BASELINE_COLOUR, EXPERT_COLOUR, loss_figure, svg
 from expertdiff.report.study import read_study
 from expertdiff.report.verdict import cost, missing, verdict
 
@@ -92,3 +93,250 @@ def make_test(folder, name, values, steps, **changes):
     }
     dump(folder / "tests" / name / "metrics.json", metrics | changes)
     Image.new("RGB", (64, 32), "red").save(folder / "tests" / name / "grid.png")
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text of a report."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.words = [], []
+        self.feed(path.read_text())
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append((name, dict(attributes)))
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def study(tmp_path):
+    return make_study(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        # means 1.23 and 1.31, two standard deviations of the difference: 2 sqrt(.02^2 + .03^2)
+        ([1.21, 1.23, 1.25], "the experts are better by 6.1 %, more than the sampling spread"),
+        ([1.37, 1.39, 1.41], "the baseline is better by 6.1 %, more than the sampling spread"),
+        ([1.24, 1.26, 1.28], "difference of 3.8 % is within the sampling spread"),
+        ([1.23], "better by 6.1 % with this one seed, which cannot tell a difference from chance"),
+    ],
+)
+def test_the_verdict_names_the_winner_only_beyond_the_sampling_spread(study, values, words):
+    make_test(study, "baseline", [1.28, 1.31, 1.34][: len(values)], {"baseline": 1000}, mean=1.31)
+    make_test(study, "stitched", values, EXPERTS)
+    # With one seed the two tests still share their seeds, so they stay comparable.
+    assert words in verdict(read_study(study))
+
+
+def test_the_verdict_gives_the_numbers_it_rests_on(study):
+    noise = 2 * math.sqrt(0.02**2 + 0.03**2)
+    assert verdict(read_study(study)) == (
+        "Stitched experts: FD-pixels 1.230 ± 0.020, baseline 1.310 ± 0.030 at equal total "
+        "iterations (n = 500 samples, 3 sampling seeds): the experts are better by 6.1 %, more "
+        f"than the sampling spread (difference 0.08, 2 standard deviations {noise:.2g})."
+    )
+
+
+def test_the_verdict_says_when_the_budgets_differ(study):
+    make_test(study, "stitched", [1.21, 1.23, 1.25], EXPERTS | {"expert-1": 110})
+    assert "with the experts at 61 % of the baseline's iterations" in verdict(read_study(study))
+
+
+def test_no_verdict_on_numbers_measured_differently(study):
+    make_test(study, "stitched", [1.0, 1.0, 1.1], EXPERTS, samples=5000)
+    words = verdict(read_study(study))
+    assert words.startswith("No verdict") and "samples: 5000 != 500" in words
+
+
+@pytest.mark.parametrize(
+    "gone, words",
+    [
+        (["stitched"], "the stitched experts are not tested; baseline FD-pixels 1.310 ± 0.030"),
+        (["baseline"], "the baseline is not tested; stitched experts FD-pixels 1.230 ± 0.020"),
+        (["baseline", "stitched"], "nothing has been tested"),
+    ],
+)
+def test_no_verdict_before_both_are_tested(study, gone, words):
+    for name in gone:
+        (study / "tests" / name / "metrics.json").unlink()
+    words_now = verdict(read_study(study))
+    assert words_now.startswith("No verdict yet") and words in words_now
+
+
+def test_a_study_without_a_baseline_is_complete(study):
+    facts = json.loads((study / "study.json").read_text())
+    del facts["jobs"]["baseline"]
+    dump(study / "study.json", facts)
+    (study / "tests" / "baseline" / "metrics.json").unlink()
+    assert missing(read_study(study)) == []
+    assert verdict(read_study(study)).startswith("No baseline in this study; stitched experts")
+
+
+def test_costs_of_mdm_allocations(study):
+    # MDM's starting budgets: 50k + 350k + 100k of 500k, each expert on its own device.
+    facts = json.loads((study / "study.json").read_text())
+    dump(study / "study.json", facts | {"iterations": 500_000})
+    make_test(study, "stitched", [1.0, 1.1], dict(zip(EXPERTS, (50_000, 350_000, 100_000))))
+    loaded = read_study(study)
+    spent = cost(loaded, loaded.results["stitched"])
+    assert (spent.total, spent.longest, spent.ntc, spent.nwct) == (500_000, 350_000, 100, 70)
+
+
+def test_costs_in_seconds_follow_the_tested_step_and_the_devices(study):
+    record = json.loads((study / "expert-2" / "done.json").read_text())
+    dump(study / "expert-2" / "done.json", record | {"devices": 2})
+    make_test(study, "stitched", [1.0, 1.1], EXPERTS | {"expert-1": 250})
+    loaded = read_study(study)
+    spent = cost(loaded, loaded.results["stitched"])
+    assert spent.wall == pytest.approx(40)  # expert-2: 400 steps of 0.1 s
+    assert spent.device == pytest.approx(10 + 25 + 2 * 40)
+    make_test(study, "stitched", [1.0, 1.1], {"another study's expert": 100})
+    loaded = read_study(study)
+    assert cost(loaded, loaded.results["stitched"]).wall is None
+
+
+def test_the_report_shows_costs_distances_and_the_floor(study):
+    text = Page(write_report(study)).text
+    assert "stitched 1,000 500 100.0 50.0 50 s (50 %) 100 s (100 %)" in text
+    assert "stitched FD-pixels 1.230 ± 0.020 1.21, 1.23, 1.25 500 50 validation, 200" in text
+    assert "real training images FD-pixels 0.8" in text
+    assert "DDIM(steps=ddim50, eta=0.0, clip=True)" in text
+    assert f"torch {torch.__version__.split('+')[0]}" in text
+
+
+def test_what_is_missing_is_named(study):
+    (study / "expert-1" / "done.json").unlink()
+    # Killed in the middle of a line.
+    with open(study / "expert-1" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 510, "val/mse/1": 0.0')
+    (study / "expert-2" / "done.json").unlink()
+    (study / "expert-2" / "metrics.jsonl").unlink()
+    (study / "tests" / "stitched" / "grid.png").unlink()
+    make_test(study, "baseline", [1.3, 1.4], {"baseline": 900})
+    assert missing(read_study(study)) == [
+        "expert-1: unfinished, at step 500 of 500",
+        "expert-2: not started",
+        "a test of baseline with all of baseline: this one has step 900 of 1,000",
+        "the sample grid of stitched",
+    ]
+    text = Page(write_report(study)).text
+    assert "expert-2: not started" in text and "the sample grid of stitched" in text
+
+
+def test_a_study_that_has_only_begun_has_a_report(tmp_path):
+    make_study(tmp_path, tests=False)
+    for job in ITERATIONS:
+        (tmp_path / job / "done.json").unlink()
+        (tmp_path / job / "metrics.jsonl").unlink()
+    text = Page(write_report(tmp_path)).text
+    for words in ("No verdict yet", "the test of stitched", "No validation loss", "No samples"):
+        assert words in text
+
+
+def test_a_finished_study_misses_nothing(study):
+    assert missing(read_study(study)) == []
+
+
+def test_all_text_is_escaped(tmp_path):
+    name = "<script>alert('&\"')</script>"
+    make_study(tmp_path, name=name)
+    make_test(tmp_path, "mix <b>", [1.0, 1.1], EXPERTS, extractor="<img src=x>")
+    page = Page(write_report(tmp_path))
+    names = [tag for tag, _ in page.tags]
+    assert "script" not in names and "b" not in names
+    assert names.count("img") == 3  # the grids
+    assert page.text.count(name) == 2 and "<img src=x>" in page.text  # title and heading
+
+
+def test_the_page_is_one_file(study):
+    page = Page(write_report(study))
+    for name, attributes in page.tags:
+        assert name not in ("script", "link", "iframe")
+        for key in ("src", "href", "xlink:href"):
+            assert attributes.get(key, "#").startswith(("#", "data:image/png;base64,"))
+    style = re.search("<style>(.*?)</style>", (study / "report.html").read_text(), re.S)[1]
+    assert "url(" not in style and "@import" not in style
+    assert [name for name, _ in page.tags].count("svg") == 3  # the chain, mse, vb
+
+
+def test_grids_are_shown_at_one_whole_magnification(study):
+    Image.new("RGB", (100, 50)).save(study / "tests" / "baseline" / "grid.png")
+    images = [attributes for name, attributes in Page(write_report(study)).tags if name == "img"]
+    assert [int(image["width"]) for image in images] == [5 * 100, 5 * 64]
+
+
+def test_the_page_is_replaced_whole_or_not_at_all(study, monkeypatch):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    (study / "report.html").write_text("the old page")
+    with pytest.raises(OSError, match="no space"):
+        write_report(study)
+    assert (study / "report.html").read_text() == "the old page"
+    assert not list(study.glob(".*"))
+
+
+def test_a_variance_that_is_not_learned_has_no_panel(study):
+    for job in ITERATIONS:
+        path = study / job / "metrics.jsonl"
+        path.write_text(re.sub(r'("val/vb/\d": )[^,}]*', r"\g<1>0.0", path.read_text()))
+    assert loss_figure(read_study(study), "vb", "vb") is None
+    assert loss_figure(read_study(study), "mse", "mse") is not None
+
+
+def test_the_same_figure_gives_the_same_svg_in_the_colour_of_the_page():
+    first, second = (
+        svg(chain_figure(Partition(EDGES), DiscreteVP(CosineBetas(), 50))) for _ in range(2)
+    )
+    assert first == second
+    assert "currentColor" in first and "#000000" not in first and "#ffffff" not in first
+
+
+def test_the_loss_panels_draw_each_job_in_its_own_interval(study):
+    figure = loss_figure(read_study(study), "mse", "mse")
+    for i, axes in enumerate(figure.axes):
+        curves = {line.get_color(): line for line in axes.lines if len(line.get_xdata()) > 1}
+        assert curves[BASELINE_COLOUR].get_xdata()[-1] == 1000
+        assert curves[EXPERT_COLOUR].get_xdata()[-1] == ITERATIONS[f"expert-{i}"]
+        ratio = (1005 / (5 + ITERATIONS[f"expert-{i}"])) ** 0.5
+        assert axes.texts[0].get_text().endswith(f": {ratio:.3f}")
+
+
+def test_a_folder_that_is_no_study_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no study.json"):
+        write_report(tmp_path)
+
+
+def test_the_chain_shows_schedule_owners_and_costs():
+    process = DiscreteVP(CosineBetas(), 50)
+    figure = chain_figure(Partition(EDGES), process, [10, 2000, 30], [5, 35, 10])
+    snr, coefficients, table = figure.axes
+    bands = [(patch.get_x(), patch.get_x() + patch.get_width()) for patch in snr.patches]
+    assert bands == [pytest.approx(band) for band in zip(EDGES, EDGES[1:])]
+    x, y = snr.lines[0].get_data()
+    assert y[-1] == pytest.approx(math.log(process.alpha_bar[-1] / (1 - process.alpha_bar[-1])))
+    alpha, sigma = (line.get_ydata() for line in coefficients.lines)
+    assert alpha[0] ** 2 + sigma[0] ** 2 == pytest.approx(1) and alpha[0] > alpha[-1]
+    texts = {text.get_text() for text in table.texts}
+    assert {"0–4", "5–39", "40–49", "0.1–0.8", "2,000", "35", "sampler calls"} <= texts
+
+
+@pytest.mark.parametrize("n", [1, 8, 20])
+def test_the_numbers_of_a_chain_fit_their_cells(n):
+    partition = Partition([k / n for k in range(n + 1)])
+    figure = chain_figure(partition, DiscreteVP(CosineBetas()), [1_000_000] * n)
+    boxes = [text.get_window_extent() for text in figure.axes[2].texts if text.get_text()]
+    boxes.sort(key=lambda box: (round(box.y0), box.x0))
+    for left, right in zip(boxes, boxes[1:]):
+        assert abs(left.y0 - right.y0) > 2 or left.x1 < right.x0
+
+
+def test_a_chain_needs_one_number_an_expert():
+    with pytest.raises(ValueError, match=r"iterations \[1, 2\].*one number for each"):
+        chain_figure(Partition(EDGES), DiscreteVP(CosineBetas()), [1, 2])

@@ -103,6 +103,7 @@ class Data(Described, LightningDataModule, ABC):
         if name not in get_args(Split):
             raise ValueError(f"split {name!r} must be one of train, validation, reference")
         if name not in self._splits:
+            self.prepare_data()  # where no trainer has
             self._splits[name] = self.read(name)
         return self._splits[name]
 

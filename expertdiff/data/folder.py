@@ -84,8 +84,9 @@ class ImageFolder(Images):
         need = len(pictures) * np.prod(self.shape)
         if need > available_memory():
             raise ValueError(
-                f"the {len(pictures)} pictures of {name} in {self.root} need {need / 2**30:.1f} GiB "
-                f"of memory, {available_memory() / 2**30:.1f} are free: choose a smaller image_size"
+                f"the {len(pictures)} pictures of {name} in {self.root} need "
+                f"{need / 2**30:.1f} GiB of memory and {available_memory() / 2**30:.1f} are free: "
+                f"choose an image_size below {self.shape[-1]} or fewer pictures"
             )
         images = np.empty((len(pictures), *self.shape), np.uint8)
 
@@ -159,9 +160,12 @@ def decode(path: Path, channels: int, size: int) -> np.ndarray:
 
 def eight_bits(image: Image.Image) -> Image.Image:
     """`image`, or its 16-bit grey values v as round(v / 257); PIL's own conversion clips at 255."""
-    if not image.mode.startswith("I"):
+    if not image.mode.startswith(("I", "F")):
         return image
-    return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError("it has neither 8 nor 16 bits a value")
+    return Image.fromarray(((values.astype(np.int64) + 128) // 257).astype(np.uint8))
 
 
 def available_memory() -> int:

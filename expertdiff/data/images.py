@@ -178,7 +178,7 @@ class CIFAR10(Images):
     def read(self, name: Split) -> tuple[Tensor, Tensor]:
         raw = b"".join(self._file(file, md5) for file, md5 in self.md5[name].items())
         records = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3072)
-        images = records[:, 1:].reshape(-1, *self.shape)  # a copy: the rows are not adjacent
+        images = np.ascontiguousarray(records[:, 1:]).reshape(-1, *self.shape)
         return torch.from_numpy(images), torch.from_numpy(records[:, 0].astype(np.int64))
 
     def _file(self, name: str, md5: str) -> bytes:
@@ -209,8 +209,8 @@ def fetch(folder: Path, download: Callable[[str], object]) -> None:
     except (OSError, RuntimeError) as error:  # torchvision's word for a wrong md5 is RuntimeError
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder} is not there and cannot be downloaded ({reason}): copy it there, or set root "
-            "to where it is"
+            f"{folder} is not there and cannot be downloaded ({reason}): copy it there, "
+            "or set root to where it is"
         ) from error
 
 
@@ -220,8 +220,8 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ValueError(
-            f"cannot read {path} ({error.strerror}): set root to the folder that holds "
-            f"{path.parent.name}, or remove that folder and set download to true"
+            f"cannot read {path} ({error.strerror}): set root to where the data are, or remove "
+            "what is left of them and set download to true"
         ) from error
 
 

@@ -84,8 +84,6 @@ STYLE = """
   --line: #d1d9e0; --shade: #f6f8fa; --warn: #fff4d6; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --paper: #0d1117;
   --soft: #9198a1; --line: #3d444d; --shade: #161b22; --warn: #3a2d0a; } }
-@media print { :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444;
-  --line: #bbb; --shade: #fff; --warn: #fff; } }
 * { box-sizing: border-box; }
 body { max-width: 1180px; margin: 0 auto; padding: 24px; color: var(--ink);
   background: var(--paper); font: 15px/1.5 system-ui, sans-serif; }
@@ -111,5 +109,19 @@ td { max-width: 52ch; overflow-wrap: break-word; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 600; white-space: nowrap; }
 tr { break-inside: avoid; }
-th i { display: inline-block; width: 10px; height: 10px; margin-right: 7px; border-radius: 2px; }
+th i { display: inline-block; width: 10px; height: 10px; margin-right: 7px; border-radius: 2px;
+  print-color-adjust: exact; }
+@media print {
+  :root { color-scheme: light; --ink: #000; --paper: #fff; --soft: #444; --line: #bbb;
+    --shade: #fff; --warn: #fff; }
+  @page { size: A4; margin: 14mm; }
+  body { padding: 0; font-size: 11px; }
+  h1 { font-size: 20px; }
+  h2 { font-size: 15px; margin-top: 22px; break-after: avoid; }
+  .verdict { font-size: 13px; }
+  .note, footer, table { font-size: 9.5px; }
+  .table { overflow: visible; }
+  th, td { padding-right: 8px; overflow-wrap: anywhere; }
+  .grids { flex-wrap: nowrap; }
+}
 """

@@ -82,7 +82,7 @@ def distances(study: Study) -> Markup:
         "nothing about other training seeds. All distances depend on the number of samples: "
         "compare rows of this table only. The verdict calls a difference real when it exceeds "
         f"{DEVIATIONS} standard deviations of the difference of two single-seed measurements. Real "
-        "training images, measured against the same reference, are as good as samples can get.",
+        "training images, measured against the same reference, show how low a distance can be.",
     )
 
 
@@ -161,7 +161,7 @@ def grids(study: Study) -> Markup:
     return _section(
         "Samples",
         tag("div", *figures, class_="grids"),
-        note=f"One pixel of a sample is {zoom} x {zoom} pixels here. With equal sampling seeds, the same "
+        note=f"Enlarged {zoom} times on a screen, unsmoothed. With equal sampling seeds, the same "
         "place in two grids started from the same noise.",
     )
 
