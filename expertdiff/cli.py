@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import logging
 import os
 import sys
 import traceback
@@ -293,6 +294,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0 done, 2 bad input, 75 interrupted and resumable."""
     args = list(sys.argv[1:] if args is None else args)
     verb = args[0] if args else "--help"
+    # Lightning's advertisements and notes on its defaults.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Of Lightning and jsonargparse about each other and torch; nothing a user could mend.
     for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*ddp_comm_hook.*"):
         warnings.filterwarnings("ignore", message=message)

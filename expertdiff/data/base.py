@@ -6,7 +6,7 @@ is turned into tensors where the network is.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import count
 from typing import Any, Literal, NamedTuple, get_args
@@ -141,13 +141,14 @@ class Data(Described, LightningDataModule, ABC):
 
     def val_dataloader(self) -> Iterable[Draw]:
         n = min(self.validation_samples, len(self.split("validation")[0]))
-        return InOrder(n, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        rank, world_size = self.trainer.global_rank, self.trainer.world_size
+        return Batches(in_order(n, self.batch_size, rank, world_size))
 
     def test_dataloader(self) -> Iterable[Any]:
-        return self.trainer.lightning_module.sample_batches()
+        return Batches(self.trainer.lightning_module.sample_batches())
 
     def predict_dataloader(self) -> Iterable[Any]:
-        return self.trainer.lightning_module.sample_batches()
+        return Batches(self.trainer.lightning_module.sample_batches())
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """The `Batch` of a `Draw`, gathered on its device; any other batch as it is."""
@@ -219,23 +220,28 @@ class Shuffled:
         return torch.from_numpy(bits % 2 == 1)
 
 
-class InOrder:
-    """Items 0 to n - 1 once, in order, item i on rank i mod W: iterates over `Draw`.
+class Batches:
+    """A sequence of batches as one loader; Lightning takes a bare list for many loaders."""
 
-    The batches are of nearly equal size, at most `batch_size`, and all ranks have equally many
-    (but for a rank that nothing is left for), because validation in DDP waits for every rank.
-    """
-
-    def __init__(self, n: int, batch_size: int, rank: int, world_size: int) -> None:
-        batches = torch.arange(n).tensor_split(-(-n // (batch_size * world_size)))
-        own = (batch[batch % world_size == rank] for batch in batches)
-        self.batches = [index for index in own if len(index)]
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self.batches = batches
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Draw]:
-        return (Draw(index, torch.zeros(len(index), dtype=torch.bool)) for index in self.batches)
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
+
+
+def in_order(n: int, batch_size: int, rank: int, world_size: int) -> list[Draw]:
+    """Items 0 to n - 1 once, in order, item i on rank i mod W, in batches of this rank.
+
+    The batches are of nearly equal size, at most `batch_size`, and all ranks have equally many
+    (but for a rank that nothing is left for), because validation in DDP waits for every rank.
+    """
+    batches = torch.arange(n).tensor_split(-(-n // (batch_size * world_size)))
+    own = (batch[batch % world_size == rank] for batch in batches)
+    return [Draw(index, torch.zeros_like(index, dtype=torch.bool)) for index in own if len(index)]
 
 
 @lru_cache(maxsize=2)
