@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -55,6 +55,8 @@ class ExpertCLI(LightningCLI):
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
         verbs = {verb: {"allow_abbrev": False} for verb in self.subcommands()}
         super().__init__(
+            model_class=LightningModule,
+            subclass_mode_model=True,
             datamodule_class=Data,
             subclass_mode_data=True,
             save_config_kwargs={"overwrite": True},
@@ -132,17 +134,19 @@ class ExpertCLI(LightningCLI):
 
 
 class ConfigOnly(ExpertCLI):
-    """Parses and checks the options of ``fit`` without building anything."""
+    """Parses and checks the options of ``fit`` without training."""
 
     def __init__(self, args: Sequence[str]) -> None:
         super().__init__(args, run=False)
 
     def before_instantiate_classes(self) -> None:
-        """Nothing is instantiated."""
+        """Nothing will be trained here."""
 
     def instantiate_classes(self) -> None:
-        """Only the study, which is plain."""
-        self.study: Study = self.parser.instantiate_classes(self.config).study
+        """All but the trainer: whatever a job would refuse is refused before any starts."""
+        objects = self.parser.instantiate_classes(self.config)
+        self.study: Study = objects.study
+        self.datamodule: Data = objects.data
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration as plain data."""
@@ -185,6 +189,7 @@ def launch_verb(args: Sequence[str]) -> None:
         raise ValueError(f"--parallel {ours.parallel} runs nothing: give 1 or more")
     configs = [part for path in ours.config for part in ("--config", path)]
     cli = ConfigOnly([*configs, *rest])
+    cli.datamodule.prepare_data()
     launch(cli.study, cli.resolved(), ours.parallel)
 
 
@@ -314,15 +319,22 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{stopped}; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
-        if not _ours(error) or os.environ.get("EXPERTDIFF_DEBUG"):
+        said = _ours(error)
+        if said is None or os.environ.get("EXPERTDIFF_DEBUG"):
             raise
-        print(f"expertdiff: error: {error}", file=sys.stderr)
+        print(f"expertdiff: error: {said}", file=sys.stderr)
         return 2
     return 0
 
 
-def _ours(error: BaseException) -> bool:
-    """Whether we raised it, so that its message is for the user; otherwise it is a defect."""
-    frames = traceback.walk_tb(error.__traceback__)
-    *_, (last, _) = frames
-    return last.f_globals.get("__name__", "").startswith("expertdiff")
+def _ours(error: BaseException | None) -> BaseException | None:
+    """The error that this package raised, so that its message is for the user.
+
+    It may be the cause of one of jsonargparse's. ``None`` is a defect: the traceback is shown.
+    """
+    while error is not None:
+        *_, (last, _) = traceback.walk_tb(error.__traceback__)
+        if last.f_globals["__name__"].startswith("expertdiff."):
+            return error
+        error = error.__cause__
+    return None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Described:
@@ -19,10 +20,13 @@ class Described:
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "Described":
         self = super().__new__(cls)
+        signature = inspect.signature(cls.__init__)
         # Partial: copying and abstract-class errors construct without arguments.
-        bound = inspect.signature(cls.__init__).bind_partial(self, *args, **kwargs)
+        bound = signature.bind_partial(self, *args, **kwargs)
         bound.apply_defaults()
-        arguments = dict(list(bound.arguments.items())[1:])
+        # Without `self`, and without the *args and **kwargs of nn.Module's own constructor.
+        named = [p.name for p in signature.parameters.values() if p.kind not in VARIADIC][1:]
+        arguments = {name: bound.arguments[name] for name in named if name in bound.arguments}
         # Past nn.Module.__setattr__, which refuses anything before nn.Module.__init__ has run.
         object.__setattr__(self, "_arguments", arguments)
         return self

@@ -207,7 +207,8 @@ class Recorder(pl.LightningModule):
     def test_step(self, batch, batch_idx):
         self.tested.append(batch)
 
-    predict_step = test_step
+    def predict_step(self, batch, batch_idx):
+        return batch
 
     def sample_batches(self):
         return [torch.arange(2), torch.arange(2, 5)]
@@ -263,8 +264,9 @@ def test_a_second_epoch_goes_on_where_the_first_ended(tmp_path):
 def test_what_test_and_predict_draw_is_the_modules_to_say(tmp_path):
     recorder = Recorder()
     trainer(tmp_path, 1).test(recorder, Digits())
-    trainer(tmp_path, 1).predict(recorder, Digits())
-    assert [batch.tolist() for batch in recorder.tested] == [[0, 1], [2, 3, 4]] * 2
+    predicted = trainer(tmp_path, 1).predict(recorder, Digits())
+    for batches in (recorder.tested, predicted):
+        assert [batch.tolist() for batch in batches] == [[0, 1], [2, 3, 4]]
 
 
 # --- any data set ---

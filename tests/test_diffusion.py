@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
-from expertdiff.diffusion.denoiser import V, X0, Denoiser, Eps, NetworkDenoiser, Prediction
+from expertdiff.diffusion.denoiser import X0, Denoiser, Eps, NetworkDenoiser, Prediction, V
 from expertdiff.diffusion.objective import losses
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import (

@@ -36,13 +36,7 @@ def make_study(folder, name="toy", tests=True):
         "name": name,
         "partition": EDGES,
         "process": describe(DiscreteVP(CosineBetas(), 100)),
-        "data": {
-            "class_path": "expertdiff.data.Toy",
-            "shape": [3, 8, 8],
-            "scale": 1.0,
-            "n": 600,
-            "digest": "abc123",
-        },
+        "data": {"class_path": "expertdiff.data.Toy", "init_args": {"size": 8}},
         "iterations": 1000,
         "seed": 7,
         "jobs": {
@@ -64,7 +58,7 @@ def make_study(folder, name="toy", tests=True):
         record = {"step": n, "max_steps": n, "seconds": n / 10, "sha256": "f" * 64, "device": "cpu"}
         dump(folder / job / "done.json", record)
     if tests:
-        make_test(folder, "baseline", [1.28, 1.31, 1.34], {"baseline": 1000})
+        make_test(folder, "baseline", [1.28, 1.31, 1.34], {"baseline": 1000}, calls=[50])
         make_test(folder, "stitched", [1.21, 1.23, 1.25], EXPERTS)
     return folder
 
@@ -75,7 +69,7 @@ def make_test(folder, name, values, steps, **changes):
         "metric": "FD-pixels",
         "values": values,
         "mean": mean(values),
-        "std": stdev(values) if len(values) > 1 else 0.0,
+        "std": stdev(values) if len(values) > 1 else None,
         "seeds": list(range(len(values))),
         "samples": 500,
         "sampler": describe(DDIM("ddim50")),
@@ -85,10 +79,12 @@ def make_test(folder, name, values, steps, **changes):
         "reference_samples": 200,
         "extractor": "pixels",
         "ema_decay": 0.999,
-        "data": "abc123",
+        "precision": "32-true",
+        "data": "Toy",
         "seconds": 12.0,
         "device": "cpu",
         "floor": 0.8,
+        "floor_samples": 500,
         "steps": steps,
     }
     dump(folder / "tests" / name / "metrics.json", metrics | changes)
@@ -112,7 +108,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def study(tmp_path):
+def fake(tmp_path):
     return make_study(tmp_path)
 
 
@@ -126,30 +122,30 @@ def study(tmp_path):
         ([1.23], "better by 6.1 % with this one seed, which cannot tell a difference from chance"),
     ],
 )
-def test_the_verdict_names_the_winner_only_beyond_the_sampling_spread(study, values, words):
-    make_test(study, "baseline", [1.28, 1.31, 1.34][: len(values)], {"baseline": 1000}, mean=1.31)
-    make_test(study, "stitched", values, EXPERTS)
+def test_the_verdict_names_the_winner_only_beyond_the_sampling_spread(fake, values, words):
+    make_test(fake, "baseline", [1.28, 1.31, 1.34][: len(values)], {"baseline": 1000}, mean=1.31)
+    make_test(fake, "stitched", values, EXPERTS)
     # With one seed the two tests still share their seeds, so they stay comparable.
-    assert words in verdict(read_study(study))
+    assert words in verdict(read_study(fake))
 
 
-def test_the_verdict_gives_the_numbers_it_rests_on(study):
+def test_the_verdict_gives_the_numbers_it_rests_on(fake):
     noise = 2 * math.sqrt(0.02**2 + 0.03**2)
-    assert verdict(read_study(study)) == (
+    assert verdict(read_study(fake)) == (
         "Stitched experts: FD-pixels 1.230 ± 0.020, baseline 1.310 ± 0.030 at equal total "
         "iterations (n = 500 samples, 3 sampling seeds): the experts are better by 6.1 %, more "
         f"than the sampling spread (difference 0.08, 2 standard deviations {noise:.2g})."
     )
 
 
-def test_the_verdict_says_when_the_budgets_differ(study):
-    make_test(study, "stitched", [1.21, 1.23, 1.25], EXPERTS | {"expert-1": 110})
-    assert "with the experts at 61 % of the baseline's iterations" in verdict(read_study(study))
+def test_the_verdict_says_when_the_budgets_differ(fake):
+    make_test(fake, "stitched", [1.21, 1.23, 1.25], EXPERTS | {"expert-1": 110})
+    assert "with the experts at 61 % of the baseline's iterations" in verdict(read_study(fake))
 
 
-def test_no_verdict_on_numbers_measured_differently(study):
-    make_test(study, "stitched", [1.0, 1.0, 1.1], EXPERTS, samples=5000)
-    words = verdict(read_study(study))
+def test_no_verdict_on_numbers_measured_differently(fake):
+    make_test(fake, "stitched", [1.0, 1.0, 1.1], EXPERTS, samples=5000)
+    words = verdict(read_study(fake))
     assert words.startswith("No verdict") and "samples: 5000 != 500" in words
 
 
@@ -161,70 +157,71 @@ def test_no_verdict_on_numbers_measured_differently(study):
         (["baseline", "stitched"], "nothing has been tested"),
     ],
 )
-def test_no_verdict_before_both_are_tested(study, gone, words):
+def test_no_verdict_before_both_are_tested(fake, gone, words):
     for name in gone:
-        (study / "tests" / name / "metrics.json").unlink()
-    words_now = verdict(read_study(study))
+        (fake / "tests" / name / "metrics.json").unlink()
+    words_now = verdict(read_study(fake))
     assert words_now.startswith("No verdict yet") and words in words_now
 
 
-def test_a_study_without_a_baseline_is_complete(study):
-    facts = json.loads((study / "study.json").read_text())
+def test_a_study_without_a_baseline_is_complete(fake):
+    facts = json.loads((fake / "study.json").read_text())
     del facts["jobs"]["baseline"]
-    dump(study / "study.json", facts)
-    (study / "tests" / "baseline" / "metrics.json").unlink()
-    assert missing(read_study(study)) == []
-    assert verdict(read_study(study)).startswith("No baseline in this study; stitched experts")
+    dump(fake / "study.json", facts)
+    (fake / "tests" / "baseline" / "metrics.json").unlink()
+    assert missing(read_study(fake)) == []
+    assert verdict(read_study(fake)).startswith("No baseline in this study; stitched experts")
 
 
-def test_costs_of_mdm_allocations(study):
+def test_costs_of_mdm_allocations(fake):
     # MDM's starting budgets: 50k + 350k + 100k of 500k, each expert on its own device.
-    facts = json.loads((study / "study.json").read_text())
-    dump(study / "study.json", facts | {"iterations": 500_000})
-    make_test(study, "stitched", [1.0, 1.1], dict(zip(EXPERTS, (50_000, 350_000, 100_000))))
-    loaded = read_study(study)
+    facts = json.loads((fake / "study.json").read_text())
+    dump(fake / "study.json", facts | {"iterations": 500_000})
+    make_test(fake, "stitched", [1.0, 1.1], dict(zip(EXPERTS, (50_000, 350_000, 100_000))))
+    loaded = read_study(fake)
     spent = cost(loaded, loaded.results["stitched"])
     assert (spent.total, spent.longest, spent.ntc, spent.nwct) == (500_000, 350_000, 100, 70)
 
 
-def test_costs_in_seconds_follow_the_tested_step_and_the_devices(study):
-    record = json.loads((study / "expert-2" / "done.json").read_text())
-    dump(study / "expert-2" / "done.json", record | {"devices": 2})
-    make_test(study, "stitched", [1.0, 1.1], EXPERTS | {"expert-1": 250})
-    loaded = read_study(study)
+def test_costs_in_seconds_follow_the_tested_step_and_the_devices(fake):
+    record = json.loads((fake / "expert-2" / "done.json").read_text())
+    dump(fake / "expert-2" / "done.json", record | {"devices": 2})
+    make_test(fake, "stitched", [1.0, 1.1], EXPERTS | {"expert-1": 250})
+    loaded = read_study(fake)
     spent = cost(loaded, loaded.results["stitched"])
     assert spent.wall == pytest.approx(40)  # expert-2: 400 steps of 0.1 s
     assert spent.device == pytest.approx(10 + 25 + 2 * 40)
-    make_test(study, "stitched", [1.0, 1.1], {"another study's expert": 100})
-    loaded = read_study(study)
+    make_test(fake, "stitched", [1.0, 1.1], {"another study's expert": 100})
+    loaded = read_study(fake)
     assert cost(loaded, loaded.results["stitched"]).wall is None
 
 
-def test_the_report_shows_costs_distances_and_the_floor(study):
-    text = Page(write_report(study)).text
+def test_the_report_shows_costs_distances_and_the_floor(fake):
+    text = Page(write_report(fake)).text
     assert "stitched 1,000 500 100.0 50.0 50 s (50 %) 100 s (100 %)" in text
     assert "stitched FD-pixels 1.230 ± 0.020 1.21, 1.23, 1.25 500 50 validation, 200" in text
-    assert "real training images FD-pixels 0.8" in text
-    assert "DDIM(steps=ddim50, eta=0.0, clip=True)" in text
+    assert "real training images FD-pixels 0.8 – 500 –" in text
+    assert "sampler DDIM(steps=ddim50, eta=0, clip=True)" in text
+    assert "ema decay 0.999" in text and "data Toy(size=8)" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text
 
 
-def test_what_is_missing_is_named(study):
-    (study / "expert-1" / "done.json").unlink()
+def test_what_is_missing_is_named(fake):
+    (fake / "expert-1" / "done.json").unlink()
     # Killed in the middle of a line.
-    with open(study / "expert-1" / "metrics.jsonl", "a") as file:
+    with open(fake / "expert-1" / "metrics.jsonl", "a") as file:
         file.write('{"step": 510, "val/mse/1": 0.0')
-    (study / "expert-2" / "done.json").unlink()
-    (study / "expert-2" / "metrics.jsonl").unlink()
-    (study / "tests" / "stitched" / "grid.png").unlink()
-    make_test(study, "baseline", [1.3, 1.4], {"baseline": 900})
-    assert missing(read_study(study)) == [
+    (fake / "expert-2" / "done.json").unlink()
+    (fake / "expert-2" / "metrics.jsonl").unlink()
+    (fake / "tests" / "stitched" / "grid.png").unlink()
+    make_test(fake, "baseline", [1.3, 1.4], {"baseline": 900})
+    assert missing(read_study(fake)) == [
         "expert-1: unfinished, at step 500 of 500",
         "expert-2: not started",
         "a test of baseline with all of baseline: this one has step 900 of 1,000",
         "the sample grid of stitched",
     ]
-    text = Page(write_report(study)).text
+    text = Page(write_report(fake)).text
     assert "expert-2: not started" in text and "the sample grid of stitched" in text
 
 
@@ -238,8 +235,14 @@ def test_a_study_that_has_only_begun_has_a_report(tmp_path):
         assert words in text
 
 
-def test_a_finished_study_misses_nothing(study):
-    assert missing(read_study(study)) == []
+def test_a_study_with_a_tested_baseline_only_has_a_report(fake):
+    (fake / "tests" / "stitched" / "metrics.json").unlink()
+    text = Page(write_report(fake)).text
+    assert "No verdict yet" in text and "the test of stitched" in text and "1.310 ± 0.030" in text
+
+
+def test_a_finished_study_misses_nothing(fake):
+    assert missing(read_study(fake)) == []
 
 
 def test_all_text_is_escaped(tmp_path):
@@ -253,41 +256,41 @@ def test_all_text_is_escaped(tmp_path):
     assert page.text.count(name) == 2 and "<img src=x>" in page.text  # title and heading
 
 
-def test_the_page_is_one_file(study):
-    page = Page(write_report(study))
+def test_the_page_is_one_file(fake):
+    page = Page(write_report(fake))
     for name, attributes in page.tags:
         assert name not in ("script", "link", "iframe")
         for key in ("src", "href", "xlink:href"):
             assert attributes.get(key, "#").startswith(("#", "data:image/png;base64,"))
-    style = re.search("<style>(.*?)</style>", (study / "report.html").read_text(), re.S)[1]
+    style = re.search("<style>(.*?)</style>", (fake / "report.html").read_text(), re.S)[1]
     assert "url(" not in style and "@import" not in style
     assert [name for name, _ in page.tags].count("svg") == 3  # the chain, mse, vb
 
 
-def test_grids_are_shown_at_one_whole_magnification(study):
-    Image.new("RGB", (100, 50)).save(study / "tests" / "baseline" / "grid.png")
-    images = [attributes for name, attributes in Page(write_report(study)).tags if name == "img"]
+def test_grids_are_shown_at_one_whole_magnification(fake):
+    Image.new("RGB", (100, 50)).save(fake / "tests" / "baseline" / "grid.png")
+    images = [attributes for name, attributes in Page(write_report(fake)).tags if name == "img"]
     assert [int(image["width"]) for image in images] == [5 * 100, 5 * 64]
 
 
-def test_the_page_is_replaced_whole_or_not_at_all(study, monkeypatch):
+def test_the_page_is_replaced_whole_or_not_at_all(fake, monkeypatch):
     def full(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.replace", full)
-    (study / "report.html").write_text("the old page")
+    (fake / "report.html").write_text("the old page")
     with pytest.raises(OSError, match="no space"):
-        write_report(study)
-    assert (study / "report.html").read_text() == "the old page"
-    assert not list(study.glob(".*"))
+        write_report(fake)
+    assert (fake / "report.html").read_text() == "the old page"
+    assert not list(fake.glob(".*"))
 
 
-def test_a_variance_that_is_not_learned_has_no_panel(study):
+def test_a_variance_that_is_not_learned_has_no_panel(fake):
     for job in ITERATIONS:
-        path = study / job / "metrics.jsonl"
+        path = fake / job / "metrics.jsonl"
         path.write_text(re.sub(r'("val/vb/\d": )[^,}]*', r"\g<1>0.0", path.read_text()))
-    assert loss_figure(read_study(study), "vb", "vb") is None
-    assert loss_figure(read_study(study), "mse", "mse") is not None
+    assert loss_figure(read_study(fake), "vb", "vb") is None
+    assert loss_figure(read_study(fake), "mse", "mse") is not None
 
 
 def test_the_same_figure_gives_the_same_svg_in_the_colour_of_the_page():
@@ -298,8 +301,8 @@ def test_the_same_figure_gives_the_same_svg_in_the_colour_of_the_page():
     assert "currentColor" in first and "#000000" not in first and "#ffffff" not in first
 
 
-def test_the_loss_panels_draw_each_job_in_its_own_interval(study):
-    figure = loss_figure(read_study(study), "mse", "mse")
+def test_the_loss_panels_draw_each_job_in_its_own_interval(fake):
+    figure = loss_figure(read_study(fake), "mse", "mse")
     for i, axes in enumerate(figure.axes):
         curves = {line.get_color(): line for line in axes.lines if len(line.get_xdata()) > 1}
         assert curves[BASELINE_COLOUR].get_xdata()[-1] == 1000

@@ -221,7 +221,7 @@ class Shuffled:
 
 
 class Batches:
-    """A sequence of batches as one loader; Lightning takes a bare list for many loaders."""
+    """Finitely many batches as one loader; Lightning takes a bare list for many loaders."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
         self.batches = batches

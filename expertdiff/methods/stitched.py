@@ -2,8 +2,8 @@
 
 import hashlib
 import math
+import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 from expertdiff.bundle import Bundle
+from expertdiff.data.base import Batches
 from expertdiff.describe import describe
 from expertdiff.diffusion.samplers import SampleNoise, Sampler
 from expertdiff.evaluation.features import FeatureExtractor
@@ -25,6 +25,8 @@ from expertdiff.files import sha256_of, write_json
 from expertdiff.methods.base import device_name
 from expertdiff.seeds import generator
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expertdiff"
+"""Where statistics of real images are kept."""
 GRID = 64
 """Images in the picture beside the numbers."""
 
@@ -48,24 +50,6 @@ class Evaluation:
     batch_size: int = 500
 
 
-class SampleIndices(IterableDataset):
-    """(seed, sample indices) in batches; rank r of W draws the indices r, r + W, r + 2W, ..."""
-
-    def __init__(
-        self, seeds: tuple[int, ...], samples: int, batch_size: int, rank: int, world: int
-    ) -> None:
-        self.seeds = seeds
-        self.mine = torch.arange(rank, samples, world).split(batch_size)
-
-    def __len__(self) -> int:
-        return len(self.seeds) * len(self.mine)
-
-    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        for seed in self.seeds:
-            for index in self.mine:
-                yield seed, index
-
-
 class Stitched(LightningModule):
     """Tests a bundle against the data's reference images, or draws from it.
 
@@ -83,18 +67,13 @@ class Stitched(LightningModule):
         self.evaluation = evaluation
         self.output = Path(output) if output else Path(bundle) / "test"
 
-    def sample_batches(self) -> DataLoader:
-        """What a test or a prediction goes over."""
+    def sample_batches(self) -> Batches:
+        """(seed, sample indices); rank r of W draws the indices r, r + W, r + 2 W, ..."""
         e = self.evaluation
-        indices = SampleIndices(
-            tuple(e.seeds), e.samples, e.batch_size, self.global_rank, self.trainer.world_size
-        )
-        return DataLoader(indices, batch_size=None)
+        mine = torch.arange(self.global_rank, e.samples, self.trainer.world_size)
+        return Batches([(seed, index) for seed in e.seeds for index in mine.split(e.batch_size)])
 
-    def test_dataloader(self) -> DataLoader:
-        return self.sample_batches()
-
-    def predict_dataloader(self) -> DataLoader:
+    def predict_dataloader(self) -> Batches:
         return self.sample_batches()
 
     def draw(self, seed: int, index: Tensor) -> Tensor:
@@ -173,8 +152,8 @@ class Stitched(LightningModule):
             "floor_samples": real["train"].count,
             "extractor": self._extractor.identity,
             "precision": str(self.trainer.precision),
-            "ema": experts[0]["identity"]["ema"],
-            "data": self.trainer.datamodule.identity(),
+            "ema_decay": experts[0]["identity"]["ema"]["decay"],
+            "data": type(self.trainer.datamodule).__name__,
             "steps": {x["identity"]["job"]: x["step"] for x in experts},
             "seconds": time.monotonic() - self._began,
             "device": device_name(self.device),
@@ -215,7 +194,7 @@ class Stitched(LightningModule):
             images = data.split(name)[0][: most[name]]
             digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
             return cached_statistics(
-                Path.home() / ".cache" / "expertdiff",
+                CACHE,
                 lambda: Statistics.of(self._all_features(images)),
                 data_digest=digest,
                 count=len(images),

@@ -122,7 +122,11 @@ class ADMUNet(Network):
                 outputs.append(nn.Sequential(*level(width + skips.pop(), out, side)))
                 width = out
             if i > 0:
-                up = res(width, width, nn.Upsample(scale_factor=2.0)) if resblock_updown else Upsample(width)
+                up = (
+                    res(width, width, nn.Upsample(scale_factor=2.0))
+                    if resblock_updown
+                    else Upsample(width)
+                )
                 outputs[-1].append(up)
                 side *= 2
         self.output_blocks = nn.ModuleList(outputs)

@@ -1,5 +1,6 @@
 """The sections of the page, each a function of the study."""
 
+import re
 from typing import Any
 
 from PIL import Image
@@ -21,6 +22,11 @@ COLOURS = {BASELINE: BASELINE_COLOUR, STITCHED: EXPERT_COLOUR}
 GRID_WIDTH = 558
 """CSS pixels of a sample grid: two side by side."""
 
+OUTCOMES = ("name", "values", "mean", "std", "floor")
+"""What a test found, as opposed to how."""
+
+SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
+
 
 def _section(title: str, *children: str, note: str = "") -> Markup:
     notes = [tag("p", note, class_="note")] if note else []
@@ -38,10 +44,9 @@ def missing(study: Study) -> Markup:
 def chain(study: Study) -> Markup:
     complete = len(study.experts) == len(study.partition)
     iterations = [job.iterations for job in study.experts] if complete else None
-    tested = study.results.get(STITCHED) or study.results.get(BASELINE)
-    figure = chain_figure(
-        study.partition, study.process, iterations, tested and tested.metrics["calls"]
-    )
+    # Not the baseline's calls: it has one network, which does not tell the intervals apart.
+    calls = study.results[STITCHED].metrics["calls"] if STITCHED in study.results else None
+    figure = chain_figure(study.partition, study.process, iterations, calls)
     return _section(
         "The chain and its experts",
         tag("figure", Markup(svg(figure)), role="img", aria_label="noise schedule and intervals"),
@@ -70,8 +75,8 @@ def distances(study: Study) -> Markup:
         if (floor := result.metrics["floor"]) is not None:
             metric = result.metrics["metric"]
             rows.append(
-                [_method("real training images"), metric, f"{floor:.4g}", "–", "–", "–"]
-                + _measure(result)
+                [_method("real training images"), metric, f"{floor:.4g}", "–"]
+                + [_plain(result.metrics.get("floor_samples")), "–", *_measure(result)]
             )
             break
     header = ["method", "metric", "distance", "by sampling seed", "samples", "nfe"]
@@ -88,7 +93,10 @@ def distances(study: Study) -> Markup:
 
 def _measure(result: Result) -> list[str]:
     facts = result.metrics
-    return [f"{facts['reference']}, {facts['reference_samples']:,} images", facts["extractor"]]
+    return [
+        f"{facts['reference']}, {facts['reference_samples']:,} images",
+        _plain(facts["extractor"]),
+    ]
 
 
 def costs(study: Study) -> Markup:
@@ -161,50 +169,31 @@ def grids(study: Study) -> Markup:
     return _section(
         "Samples",
         tag("div", *figures, class_="grids"),
-        note=f"Enlarged {zoom} times on a screen, unsmoothed. With equal sampling seeds, the same "
-        "place in two grids started from the same noise.",
+        note=f"Enlarged {zoom} times on a screen, unsmoothed. The first samples of the first "
+        "seed: with equal seeds, the same place in two grids started from the same noise.",
     )
 
 
 def measurements(study: Study) -> Markup:
-    facts = {
-        "weights (steps)": "steps",
-        "EMA decay": "ema_decay",
-        "sampler": "sampler",
-        "network calls an image": "nfe",
-        "calls by interval": "calls",
-        "sampling seeds": "seeds",
-        "samples a seed": "samples",
-        "metric": "metric",
-        "extractor": "extractor",
-        "reference": "reference",
-        "reference images": "reference_samples",
-        "data": "data",
-        "device": "device",
-    }
     results = list(study.results.values())
-    rows = [[label, *(_plain(r.metrics[key]) for r in results)] for label, key in facts.items()]
-    rows.append(["time of the test", *(_duration(r.metrics["seconds"]) for r in results)])
+    # Whatever a test wrote down, so that nothing it depends on can be left out here.
+    keys = dict.fromkeys(key for r in results for key in r.metrics if key not in OUTCOMES)
+    rows = [[key.replace("_", " "), *(_plain(r.metrics.get(key)) for r in results)] for key in keys]
     tests = [table(["test", *(_method(r.name) for r in results)], rows)] if results else []
-    data = study.facts["data"]
-    about = [
-        ["process", _plain(study.facts["process"])],
-        ["partition", _plain(study.facts["partition"])],
-        ["data", f"{data['class_path']}, {data['n']:,} images of shape {_plain(data['shape'])}"],
-        ["data scale", _plain(data["scale"])],
-        ["data digest", data["digest"]],
-        ["training seed", _plain(study.facts["seed"])],
-    ]
-    return _section("How every number was made", *tests, table(["study", ""], about))
+    about = ("process", "partition", "data", "iterations", "seed")
+    facts = [[key, _plain(study.facts[key])] for key in about]
+    return _section("How every number was made", *tests, table(["study", ""], facts))
 
 
 def jobs(study: Study) -> Markup:
     header = ["job", "interval", "t", "iterations", "state", "wall clock", "steps/s", "device"]
     rows = [_job(study, job) for job in study.jobs.values()]
     files = [
-        "study.json: the study, from which its jobs can be started again",
-        "<job>/metrics.jsonl: every logged number of a job",
-        "<job>/done.json: step, time, device and checksum of a finished job",
+        "<job>/job.yaml: its configuration; `expertdiff fit --config <job>/job.yaml` trains or "
+        "resumes it",
+        "<job>/metrics.jsonl: every number it logged",
+        "<job>/done.json: step, time, device and checksum of its weights once it has finished",
+        "tests/<bundle>/job.yaml: as above; `expertdiff test --config tests/<bundle>/job.yaml`",
         "tests/<bundle>/metrics.json, grid.png: distances and samples of a bundle",
     ]
     return _section(
@@ -226,7 +215,7 @@ def _job(study: Study, job: Job) -> list[str]:
         _duration(seconds),
         f"{job.step / seconds:.3g}" if seconds else "–",
         done.get("device", "–"),
-        done.get("sha256", "–")[:12],
+        _plain(done.get("sha256")),
     ]
 
 
@@ -247,7 +236,7 @@ def _duration(seconds: float | None, base: float | None = None) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value of a study or test for reading: ``DDIM(steps=ddim50, eta=0)``."""
+    """A value of a study or test for reading: ``DDIM(steps=ddim50, eta=0)``, checksums short."""
     if isinstance(value, dict) and value.keys() == {"class_path", "init_args"}:
         arguments = [f"{key}={_plain(item)}" for key, item in value["init_args"].items()]
         return f"{value['class_path'].rpartition('.')[2]}({', '.join(arguments)})"
@@ -255,4 +244,6 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{key} {_plain(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_plain, value))
-    return "–" if value is None else str(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "–" if value is None else SHA256.sub(r"\1…", str(value))

@@ -15,6 +15,7 @@ MEASURED_ALIKE = (
     "reference_samples",
     "extractor",
     "ema_decay",
+    "precision",
     "data",
 )
 """What two tests must share before their distances may be compared."""

@@ -1,0 +1,247 @@
+"""The front door: configs, faults, help, and the order of imports."""
+
+import ast
+import errno
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONFIG, ROOT, TINY
+
+import expertdiff
+from expertdiff import checkpoints, files
+from expertdiff.cli import ConfigOnly, main
+from expertdiff.describe import build
+from expertdiff.diffusion.partition import Partition
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def refused(capsys, *args) -> str:
+    """The one sentence with which the program refuses."""
+    try:
+        code = main([str(arg) for arg in args])
+    except SystemExit as stop:  # of the argument parser
+        code = stop.code
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert code == 2 and error.startswith("expertdiff: error: "), error
+    return error
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_shipped_config_parses(path):
+    cli = ConfigOnly(["--config", str(path)])
+    assert cli.study.evaluation is not None
+    assert sum(cli.study.budgets(partition_of(cli))) == cli.study.iterations
+
+
+def partition_of(cli):
+    return build(cli.resolved()["model"]["init_args"]["partition"], Partition)
+
+
+def test_paper_budget():
+    cli = ConfigOnly(["--config", str(ROOT / "configs/cifar10/mdm.yaml")])
+    assert cli.study.budgets(partition_of(cli)) == [50_000, 350_000, 100_000]
+
+
+@pytest.mark.parametrize("verb", ["launch", "fit", "test", "stitch", "sample", "report"])
+def test_help(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "usage: expertdiff" in text
+    assert main([]) == main(["--help"]) == 0
+    assert f"  {verb} " in capsys.readouterr().out
+
+
+class TestFaults:
+    @pytest.mark.parametrize(
+        "option",
+        [
+            "--model.expret=1",
+            "--trainer.max_step=3",
+            "--ema.deacy=0.9",
+            "--study.nmae=x",
+            "--foo=1",
+        ],
+    )
+    def test_misspelt_key(self, option, capsys, tmp_path):
+        error = refused(capsys, "fit", *TINY, f"--study.root={tmp_path}", option)
+        assert option.split("=")[0].split(".")[-1].lstrip("-") in error
+        assert not list(tmp_path.iterdir())
+
+    def test_misspelt_key_in_a_file(self, capsys, tmp_path):
+        path = tmp_path / "config.yaml"
+        path.write_text("model:\n  init_args:\n    expret: 1\n")
+        assert "expret" in refused(capsys, "launch", *TINY, "--config", path)
+
+    def test_missing_config(self, capsys):
+        assert "nowhere.yaml" in refused(capsys, "fit", "--config", "nowhere.yaml")
+
+    def test_unknown_class(self, capsys):
+        error = refused(capsys, "fit", *TINY, "--model.weighting=Simpel")
+        assert "Simpel" in error
+
+    def test_class_of_another_kind(self, capsys):
+        assert "weighting" in refused(capsys, "fit", *TINY, "--model.weighting=Uniform")
+
+    @pytest.mark.parametrize("verb", ["fit", "launch"])
+    def test_edges(self, verb, capsys, tmp_path):
+        edges = "--model.partition.edges=[0,0.8,0.1,1]"
+        error = refused(capsys, verb, *TINY, f"--study.root={tmp_path}", edges)
+        assert "[0.0, 0.8, 0.1, 1.0] do not partition (0, 1]" in error
+
+    def test_no_such_expert(self, capsys, tmp_path):
+        error = refused(capsys, "fit", *TINY, f"--study.root={tmp_path}", "--model.expert=3")
+        assert "expert 3 does not exist" in error and "0 to 2" in error
+
+    @pytest.mark.parametrize("budget", ["[8,8]", "[8,8,8]", "[0,8,8]"])
+    def test_budget(self, budget, capsys, tmp_path):
+        options = (f"--study.root={tmp_path}", f"--study.budget={budget}")
+        assert "study.budget" in refused(capsys, "launch", *TINY, *options)
+
+    def test_data_root(self, capsys, tmp_path):
+        data = ["--data=CIFAR10", f"--data.root={tmp_path / 'nowhere'}", "--data.download=false"]
+        error = refused(capsys, "fit", *CONFIG, *data, f"--study.root={tmp_path}")
+        assert "nowhere" in error
+
+    def test_unknown_verb(self, capsys):
+        assert "'trian' is no verb" in refused(capsys, "trian")
+
+    def test_image_of_another_size_is_no_defect_of_ours(self, capsys, tmp_path):
+        network = "--model.network.image_size=9"
+        assert "image_size 9" in refused(capsys, "fit", *TINY, f"--study.root={tmp_path}", network)
+
+
+class TestOtherRun:
+    """A folder keeps what it has: nothing resumes into another run."""
+
+    @pytest.fixture
+    def root(self, study, tmp_path):
+        shutil.copytree(study, tmp_path / "tiny")
+        return f"--study.root={tmp_path}"
+
+    @pytest.mark.parametrize(
+        "option, name",
+        [
+            ("--model.network.model_channels=16", "model_channels: 16 != 8"),
+            ("--model.optimizer.lr=0.5", "optimizer.lr: 0.5 != 0.001"),
+            ("--model.process.T=500", "process.T: 500 != 1000"),
+            ("--model.weighting=P2", "weighting.class_path"),
+            ("--model.partition.edges=[0,0.2,1]", "interval"),
+            ("--data.batch_size=4", "batch_size: 4 != 8"),
+            ("--seed_everything=5", "seed: 5 != 0"),
+            ("--ema.decay=0.5", "ema.decay: 0.5 != 0.999"),
+            ("--trainer.precision=bf16-mixed", "precision"),
+            ("--trainer.accumulate_grad_batches=2", "accumulate_grad_batches: 2 != 1"),
+        ],
+    )
+    def test_fit_refuses_to_resume(self, root, option, name, capsys, tmp_path):
+        before = checkpoints.newest(tmp_path / "tiny" / "expert-0" / "checkpoints")
+        error = refused(capsys, "fit", *TINY, root, option, "--trainer.max_steps=32")
+        assert name in error and "another name" in error
+        assert checkpoints.newest(tmp_path / "tiny" / "expert-0" / "checkpoints") == before
+
+    def test_launch_refuses_another_study(self, root, capsys):
+        error = refused(capsys, "launch", *TINY, root, "--model.network.model_channels=16")
+        assert "holds another study" in error and "model_channels: 16 != 8" in error
+
+    def test_wrong_expert(self, root, capsys, tmp_path):
+        shutil.rmtree(tmp_path / "tiny" / "expert-0")
+        shutil.copytree(tmp_path / "tiny" / "expert-1", tmp_path / "tiny" / "expert-0")
+        (tmp_path / "tiny" / "expert-0" / "done.json").unlink()
+        assert "job: 'expert-0' != 'expert-1'" in refused(capsys, "fit", *TINY, root)
+
+
+class TestCheckpoints:
+    def test_full_disk_keeps_the_older_one(self, fit, tmp_path, monkeypatch, capsys):
+        assert fit("--trainer.max_steps=4") == 0
+        folder = tmp_path / "tiny" / "expert-0" / "checkpoints"
+        before = {p.name: p.read_bytes() for p in folder.iterdir()}
+
+        def full(value, path):
+            Path(path).write_bytes(b"half a checkpoint")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(torch, "save", full)
+        capsys.readouterr()
+        assert fit("--trainer.max_steps=8") == 2
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert "cannot write checkpoint" in error and "No space left" in error
+        assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+        monkeypatch.undo()
+        assert fit("--trainer.max_steps=8") == 0
+
+    def test_a_damaged_newest_falls_back_loudly(self, fit, tmp_path):
+        assert fit("--trainer.max_steps=8") == 0
+        job = tmp_path / "tiny" / "expert-0"
+        newest = checkpoints.newest(job / "checkpoints")
+        newest.write_bytes(newest.read_bytes()[:-5])
+        (job / "done.json").unlink()
+        with pytest.warns(UserWarning, match=r"step-00000008.ckpt has \d+ bytes instead of"):
+            assert fit("--trainer.max_steps=8") == 0
+        assert json.loads((job / "done.json").read_text())["step"] == 8
+
+    def test_killed_between_file_and_record(self, fit, tmp_path):
+        assert fit("--trainer.max_steps=8") == 0
+        folder = tmp_path / "tiny" / "expert-0" / "checkpoints"
+        (folder / "step-00000008.ckpt.json").unlink()
+        with pytest.warns(UserWarning, match="is unfinished"):
+            assert checkpoints.newest(folder).name == "step-00000004.ckpt"
+
+    def test_replacing_leaves_nothing_behind(self, tmp_path):
+        (tmp_path / "a").write_text("old")
+        with pytest.raises(RuntimeError), files.replacing(tmp_path / "a") as temporary:
+            temporary.write_text("new, but")
+            raise RuntimeError
+        assert [p.name for p in tmp_path.iterdir()] == ["a"]
+        assert (tmp_path / "a").read_text() == "old"
+
+    def test_divergence_is_not_saved(self, fit, tmp_path, capsys):
+        assert fit("--model.optimizer.lr=1e30") == 2
+        assert "diverged" in capsys.readouterr().err
+        assert checkpoints.newest(tmp_path / "tiny" / "expert-0" / "checkpoints") is None
+
+
+LAYERS = [
+    {"seeds", "describe", "files"},
+    {"diffusion", "networks", "checkpoints"},
+    {"experts", "data", "evaluation"},
+    {"bundle", "loggers"},
+    {"methods"},
+    {"callbacks", "study", "report"},
+    {"launch"},
+    {"cli"},
+    {"__main__"},
+]
+WITHOUT_LIGHTNING = {"diffusion", "networks", "experts", "bundle", "checkpoints", "evaluation"}
+
+
+def test_imports_point_one_way():
+    package = Path(expertdiff.__file__).parent
+    level = {room: i for i, rooms in enumerate(LAYERS) for room in rooms}
+    seen = set()
+    for path in sorted(package.rglob("*.py")):
+        room = path.relative_to(package).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        seen.add(room)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{path}: relative import"
+                names = [node.module]
+                if node.module == "expertdiff":
+                    names = [f"expertdiff.{alias.name}" for alias in node.names]
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "expertdiff" and len(parts) > 1 and parts[1] != room:
+                    where = f"{path.relative_to(package)} imports {name}"
+                    assert level[parts[1]] < level[room], where
+                if room in WITHOUT_LIGHTNING:
+                    assert parts[0] not in ("lightning", "wandb"), f"{path} imports {name}"
+    assert seen == set(level)
