@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from expertdiff import checkpoints
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.evaluation.images import save_grid, to_uint8
-from expertdiff.files import sha256_of, write_json
+from expertdiff.files import sha256_of, write_json, write_text
 from expertdiff.loggers import JsonLines
 from expertdiff.methods.base import Method, device_name
 
@@ -343,3 +346,26 @@ class DenoisingGrid(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("denoising", [str(path)], step=trainer.global_step)
+
+
+class ResolvedConfig(SaveConfigCallback):
+    """Keeps the resolved configuration in the run's folder and in the loggers.
+
+    Once the run has been accepted, so that a refused one does not replace what was kept.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: a checkpoint may still refuse the run."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep(trainer)
+
+    @rank_zero_only
+    def _keep(self, trainer: Trainer) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        write_text(Path(trainer.default_root_dir) / "config.yaml", text)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(text))

@@ -25,7 +25,14 @@ import expertdiff.methods.single
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints
 from expertdiff.bundle import Bundle
-from expertdiff.callbacks import EMA, DenoisingGrid, ExactCheckpoint, Interrupted, LossByInterval
+from expertdiff.callbacks import (
+    EMA,
+    DenoisingGrid,
+    ExactCheckpoint,
+    Interrupted,
+    LossByInterval,
+    ResolvedConfig,
+)
 from expertdiff.data.base import Data
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.samplers import DDIM, Sampler
@@ -59,7 +66,7 @@ class ExpertCLI(LightningCLI):
             subclass_mode_model=True,
             datamodule_class=Data,
             subclass_mode_data=True,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=ResolvedConfig,
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={"allow_abbrev": False, "prog": "expertdiff", **verbs},
@@ -130,7 +137,8 @@ class ExpertCLI(LightningCLI):
             return
         ckpt_path = ckpt_path or checkpoints.newest(folder / "checkpoints")
         self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
-        print(f"{model.job} is trained: {folder}")
+        if self.trainer.is_global_zero:
+            print(f"{model.job} is trained: {folder}")
 
 
 class ConfigOnly(ExpertCLI):

@@ -67,28 +67,10 @@ class ADMUNet(Network):
                 f"use a multiple of {2**halvings} or a shorter channel_mult"
             )
         if model_channels % 2:
-            raise ValueError(f"model_channels is {model_channels}: use an even number")
-        self.num_classes = num_classes
-        self.checkpointing = checkpointing
-        emb_channels = 4 * model_channels
+            raise ValueError(f"model_channels {model_channels} is odd: use an even number")
+        self.num_classes, self.checkpointing = num_classes, checkpointing
 
-        def res(width: int, out: int, resample: nn.Module | None = None) -> ResBlock:
-            return ResBlock(width, out, emb_channels, dropout, use_scale_shift_norm, resample)
-
-        def level(width: int, out: int, side: int) -> list[nn.Module]:
-            blocks: list[nn.Module] = [res(width, out)]
-            if side in attention_resolutions:
-                blocks.append(attention(out))
-            return blocks
-
-        def attention(width: int) -> AttentionBlock:
-            if width % (num_heads or num_head_channels):
-                split = f"num_heads {num_heads}" if num_heads else f"{num_head_channels=}"
-                raise ValueError(f"attention over {width} channels needs a divisor, not {split}")
-            heads = num_heads or width // num_head_channels
-            return AttentionBlock(width, heads, use_new_attention_order)
-
-        half = model_channels // 2
+        half, emb_channels = model_channels // 2, 4 * model_channels
         frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half))
         self.register_buffer("frequencies", frequencies, persistent=False)
         self.time_embed = nn.Sequential(
@@ -99,37 +81,49 @@ class ADMUNet(Network):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
+        def res(width: int, out: int, resample: nn.Module | None = None) -> ResBlock:
+            return ResBlock(width, out, emb_channels, dropout, use_scale_shift_norm, resample)
+
+        def attention(width: int) -> AttentionBlock:
+            if width % (num_heads or num_head_channels):
+                split = f"{num_heads=}" if num_heads else f"{num_head_channels=}"
+                raise ValueError(f"{split} does not divide {width} channels: choose a divisor")
+            heads = num_heads or width // num_head_channels
+            return AttentionBlock(width, heads, use_new_attention_order)
+
+        def level(width: int, out: int, side: int) -> nn.Sequential:
+            attend = [attention(out)] if side in attention_resolutions else []
+            return nn.Sequential(res(width, out), *attend)
+
+        def down(width: int) -> nn.Module:
+            return res(width, width, nn.AvgPool2d(2)) if resblock_updown else Downsample(width)
+
+        def up(width: int) -> nn.Module:
+            resize = nn.Upsample(scale_factor=2)
+            return res(width, width, resize) if resblock_updown else Upsample(width)
+
         widths = [int(mult * model_channels) for mult in channel_mult]
-        width, side = widths[0], image_size
-        inputs = [nn.Sequential(conv3x3(in_channels, width))]
+        sides = [image_size // 2**i for i in range(len(widths))]
+        width = widths[0]
+        self.input_blocks = nn.ModuleList([nn.Sequential(conv3x3(in_channels, width))])
         skips = [width]
-        for i, out in enumerate(widths):
-            for _ in range(num_res_blocks):
-                inputs.append(nn.Sequential(*level(width, out, side)))
-                skips.append(width := out)
-            if i < halvings:
-                down = res(width, width, nn.AvgPool2d(2)) if resblock_updown else Downsample(width)
-                inputs.append(nn.Sequential(down))
+        for out, side in zip(widths, sides):
+            if side < image_size:
+                self.input_blocks.append(nn.Sequential(down(width)))
                 skips.append(width)
-                side //= 2
-        self.input_blocks = nn.ModuleList(inputs)
+            for _ in range(num_res_blocks):
+                self.input_blocks.append(level(width, out, side))
+                skips.append(width := out)
 
         self.middle_block = nn.Sequential(res(width, width), attention(width), res(width, width))
 
-        outputs = []
-        for i, out in reversed(list(enumerate(widths))):
+        self.output_blocks = nn.ModuleList()
+        for out, side in zip(reversed(widths), reversed(sides)):
             for _ in range(num_res_blocks + 1):
-                outputs.append(nn.Sequential(*level(width + skips.pop(), out, side)))
+                self.output_blocks.append(level(width + skips.pop(), out, side))
                 width = out
-            if i > 0:
-                up = (
-                    res(width, width, nn.Upsample(scale_factor=2.0))
-                    if resblock_updown
-                    else Upsample(width)
-                )
-                outputs[-1].append(up)
-                side *= 2
-        self.output_blocks = nn.ModuleList(outputs)
+            if side < image_size:
+                self.output_blocks[-1].append(up(width))
 
         out_channels = 2 * in_channels if learn_sigma else in_channels
         self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), zero(conv3x3(width, out_channels)))
@@ -143,9 +137,10 @@ class ADMUNet(Network):
             y: class labels [B] int64, for a network with `num_classes` only.
         """
         if (y is None) != (self.num_classes is None):
+            labels = "without" if y is None else "with"
             raise ValueError(
-                f"num_classes is {self.num_classes} and y is {'missing' if y is None else 'given'}: "
-                "labels go with num_classes, and only with it"
+                f"num_classes is {self.num_classes}, but the call came {labels} labels y: "
+                "a network with num_classes needs them, any other takes none"
             )
         angles = t[:, None].float() * self.frequencies
         emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
@@ -227,16 +222,19 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        # Pixels as rows: in channels_last this and everything below is a view.
-        h = self.norm(x).flatten(2).transpose(1, 2)
-        qkv = F.linear(h, self.qkv.weight.squeeze(2), self.qkv.bias)
-        if self.new_order:
-            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
-        else:
-            q, k, v = qkv.unflatten(2, (self.num_heads, 3, -1)).transpose(1, 2).unbind(3)
-        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = F.scaled_dot_product_attention(*self.queries_keys_values(x))
+        h = h.transpose(1, 2).flatten(2)
         h = F.linear(h, self.proj_out.weight.squeeze(2), self.proj_out.bias)
         return x + h.transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What attends to what, each [B, heads, H*W, channels of a head]."""
+        # Pixels as rows, so that linear maps do: of channels_last, only views.
+        h = self.norm(x).flatten(2).transpose(1, 2)
+        h = F.linear(h, self.qkv.weight.squeeze(2), self.qkv.bias)
+        parts = (3, self.num_heads, -1) if self.new_order else (self.num_heads, 3, -1)
+        q, k, v = h.unflatten(2, parts).unbind(2 if self.new_order else 3)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 class Downsample(nn.Module):
@@ -272,8 +270,10 @@ class GroupNorm(nn.GroupNorm):
         super().__init__(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Autocast would widen activations to float32 and back. The kernels accumulate in float32
-        # anyway, and the convolutions round what comes out.
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        # Autocast would widen every activation to float32, here and up to the next convolution.
+        # The kernels accumulate in float32 whatever the activations are.
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)

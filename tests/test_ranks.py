@@ -1,0 +1,60 @@
+"""Two processes (gloo): the same samples and numbers, and different noise on each rank."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TINY
+
+from expertdiff import checkpoints
+from expertdiff.callbacks import RAW
+
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def expertdiff(*args):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "expertdiff", *map(str, args)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_a_test_does_not_depend_on_the_number_of_ranks(study, tmp_path):
+    config = study / "bundles" / "stitched" / "config.yaml"
+    out = expertdiff("test", "--config", config, f"--model.output={tmp_path}", *TWO)
+    ours = json.loads((tmp_path / "metrics.json").read_text())
+    theirs = json.loads((study / "tests" / "stitched" / "metrics.json").read_text())
+    assert ours["values"] == pytest.approx(theirs["values"], rel=1e-6)
+    assert out.count("over sampling seeds") == 1  # said once
+
+
+def test_two_ranks_train_one_model(tmp_path):
+    expertdiff("fit", *TINY, f"--study.root={tmp_path}", "--trainer.max_steps=8", *TWO)
+    job = tmp_path / "tiny" / "expert-0"
+    content = checkpoints.load(checkpoints.newest(job / "checkpoints"))
+    assert content[checkpoints.IDENTITY]["devices"] == 2
+    assert json.loads((job / "done.json").read_text())["devices"] == 2
+    # interrupted and resumed, they are the same bits
+    root = f"--study.root={tmp_path / 'halves'}"
+    expertdiff("fit", *TINY, root, "--trainer.max_steps=4", *TWO)
+    expertdiff("fit", *TINY, root, "--trainer.max_steps=8", *TWO)
+    again = checkpoints.load(
+        checkpoints.newest(tmp_path / "halves" / "tiny" / "expert-0" / "checkpoints")
+    )
+    for kind in ("state_dict", RAW):
+        for key, value in content[kind].items():
+            assert torch.equal(value, again[kind][key]), key
+
+
+def test_ranks_draw_different_noise():
+    from expertdiff.seeds import generator
+
+    draws = [
+        torch.randn(8, generator=generator("cpu", 0, "noise", "expert-0", rank, 3))
+        for rank in range(2)
+    ]
+    assert not torch.equal(*draws)
