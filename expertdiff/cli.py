@@ -112,7 +112,11 @@ class ExpertCLI(LightningCLI):
             if config.trainer.max_steps == -1:
                 expert = getattr(self.model, "expert", None)
                 budgets = study.budgets(self.model.partition)
-                kwargs["max_steps"] = study.iterations if expert is None else budgets[expert]
+                steps = study.iterations if expert is None else budgets[expert]
+                kwargs["max_steps"] = steps
+                if isinstance(config.trainer.val_check_interval, int):
+                    # A job too short for the interval is validated at its end.
+                    kwargs["val_check_interval"] = min(config.trainer.val_check_interval, steps)
         else:
             job, folder = f"test-{self.model.output.name}", self.model.output
         if config.trainer.default_root_dir is None:

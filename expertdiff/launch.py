@@ -78,7 +78,7 @@ class Job:
         words = []
         for key, text in (("train/loss", "loss {:.4f}"), ("steps_per_second", "{:.1f} it/s")):
             words += [text.format(line[key]) for line in reversed(lines) if key in line][:1]
-        return lines[-1]["step"] if lines else 0, ", ".join(words)
+        return max((line["step"] for line in lines), default=0), ", ".join(words)
 
     def why(self, lines: int = 5) -> str:
         """The last lines of its log."""
