@@ -75,7 +75,7 @@ class Expert:
             raise ValueError(f"checkpoint {path} was not written by expertdiff")
         weights = {
             key.removeprefix(PREFIX): value
-            for key, value in content["state_dict"].items()
+            for key, value in content[checkpoints.AVERAGED].items()
             if key.startswith(PREFIX)
         }
         _check_weights(path, weights)

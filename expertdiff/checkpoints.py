@@ -18,6 +18,9 @@ from expertdiff.files import read_json, replacing, sha256_of, write_json
 IDENTITY = "expertdiff"
 """The key of a checkpoint under which `methods` writes what the weights are."""
 
+AVERAGED, RAW = "state_dict", "current_model_state"
+"""Keys of the two sets of weights in a checkpoint; Lightning loads the first."""
+
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     """The file of the checkpoint of `step`."""

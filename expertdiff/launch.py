@@ -128,7 +128,9 @@ def launch(study: Study, config: dict[str, Any], parallel: int | None = None) ->
             folder = study.folder / "bundles" / name
             bundle = Bundle.stitch([job.folder for job in sources], folder)
             tests.append(_test_job(study, config, name, bundle))
-    run([job for job in tests if not _tested(job)], parallel)
+    # On a CPU one after another: the first leaves the reference's statistics to the next.
+    at_once = parallel if torch.cuda.is_available() else 1
+    run([job for job in tests if not _tested(job)], at_once)
     report = write_report(study.folder)
     print(f"report: {report}")
     return report

@@ -212,7 +212,7 @@ LAYERS = [
     {"bundle", "loggers"},
     {"methods"},
     {"callbacks", "study", "report"},
-    {"launch"},
+    {"launch", "verbs"},
     {"cli"},
     {"__main__"},
 ]

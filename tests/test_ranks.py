@@ -10,7 +10,7 @@ import torch
 from conftest import TINY
 
 from expertdiff import checkpoints
-from expertdiff.callbacks import RAW
+from expertdiff.checkpoints import RAW
 
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 

@@ -9,7 +9,8 @@ import torch
 from lightning.pytorch import Callback
 
 from expertdiff import checkpoints
-from expertdiff.callbacks import EMA, RAW
+from expertdiff.callbacks.ema import EMA
+from expertdiff.checkpoints import RAW
 from expertdiff.cli import main
 from expertdiff.loggers import read_metrics
 

@@ -154,6 +154,7 @@ class Stitched(LightningModule):
             "precision": str(self.trainer.precision),
             "ema_decay": experts[0]["identity"]["ema"]["decay"],
             "data": type(self.trainer.datamodule).__name__,
+            "data_sha256": self.trainer.datamodule.identity()["digest"],
             "steps": {x["identity"]["job"]: x["step"] for x in experts},
             "seconds": time.monotonic() - self._began,
             "device": device_name(self.device),

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from expertdiff.callbacks import EMA, ExactCheckpoint, LossByInterval
+from expertdiff.callbacks.checkpoint import ExactCheckpoint
+from expertdiff.callbacks.ema import EMA
+from expertdiff.callbacks.monitor import LossByInterval
 from expertdiff.data.images import Images
 from expertdiff.diffusion.denoiser import Eps
 from expertdiff.diffusion.partition import Partition

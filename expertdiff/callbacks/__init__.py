@@ -1,0 +1,1 @@
+"""What rides along with training: averages, checkpoints, losses, pictures, configuration."""

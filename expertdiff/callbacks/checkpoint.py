@@ -1,0 +1,154 @@
+"""Checkpoints from which training goes on with the same bits."""
+
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+
+from expertdiff import checkpoints
+from expertdiff.checkpoints import RAW
+from expertdiff.files import sha256_of, write_json
+from expertdiff.methods.base import Method, device_name
+
+
+class Interrupted(BaseException):
+    """Training stopped at a step border on request, with a checkpoint; it can be resumed."""
+
+
+class _VerifiedIO(CheckpointIO):
+    """Lightning's reads and writes of checkpoints, done by `expertdiff.checkpoints`."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        checkpoints.save(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return checkpoints.load(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        checkpoints.remove(Path(path))
+
+
+class ExactCheckpoint(Checkpoint):
+    """Checkpoints from which training goes on with the same bits, in ``<run>/checkpoints``.
+
+    Written at step borders only: every `every_n_steps` optimizer steps, at the end, and on SIGTERM,
+    SIGUSR1 or Ctrl-C, after which training stops with `Interrupted`. ``done.json`` appears when
+    ``max_steps`` is reached, and nothing else means "finished".
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints.
+        keep: how many checkpoints stay; ``None`` keeps all.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self, every_n_steps: int = 1000, keep: int | None = 2) -> None:
+        if every_n_steps < 1 or (keep is not None and keep < 1):
+            raise ValueError(f"checkpoint every {every_n_steps} steps, keep {keep}: give 1 or more")
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self.seconds = 0.0
+        self._since = 0.0
+        self._signalled = False
+        self._saved_step = -1
+        self._handlers: dict[int, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            trainer.strategy.checkpoint_io = _VerifiedIO()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seconds": self.elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seconds = state_dict["seconds"]
+
+    def elapsed(self) -> float:
+        """Wall-clock seconds of training, over all resumes."""
+        return self.seconds + (time.monotonic() - self._since if self._since else 0.0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since, self._saved_step = time.monotonic(), trainer.global_step
+        # After Lightning's own, which would end a signalled run with exit code 0.
+        for number in self.SIGNALS:
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        # Only a flag: a handler may run in the middle of anything. A second Ctrl-C does not wait.
+        if self._signalled and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._signalled = True
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
+        interrupted = self._agreed(trainer)
+        if interrupted or trainer.global_step % self.every_n_steps == 0:
+            self._save(trainer)
+        if interrupted and trainer.global_step < trainer.max_steps:
+            raise Interrupted(f"stopped at step {trainer.global_step} of {trainer.max_steps}")
+
+    def _agreed(self, trainer: Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self._signalled
+        if trainer.global_step % 10:  # the ranks meet at common steps only, and seldom
+            return False
+        flag = torch.tensor(self._signalled, dtype=torch.int32, device=trainer.strategy.root_device)
+        return bool(trainer.strategy.reduce(flag, reduce_op="max").item())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step < trainer.max_steps or trainer.max_steps < 0:
+            return
+        self._save(trainer)
+        if trainer.is_global_zero:
+            path = checkpoints.checkpoint_path(self._folder(trainer), trainer.global_step)
+            record = {
+                "step": trainer.global_step,
+                "max_steps": trainer.max_steps,
+                "sha256": sha256_of(path),
+                "seconds": self.elapsed(),
+                "device": device_name(trainer.strategy.root_device),
+                "devices": trainer.world_size,
+            }
+            write_json(Path(trainer.default_root_dir) / "done.json", record)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _save(self, trainer: Trainer) -> None:
+        if self._saved_step == trainer.global_step:
+            return
+        folder = self._folder(trainer)
+        path = checkpoints.checkpoint_path(folder, trainer.global_step)
+        trainer.save_checkpoint(path, weights_only=False)
+        self._saved_step = trainer.global_step
+        if self.keep is not None and trainer.is_global_zero:
+            paths = sorted(folder.glob("step-*.ckpt"), key=checkpoints.step_of)
+            for old in paths[: -self.keep]:
+                checkpoints.remove(old)
+
+    def _folder(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints"
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: Method, checkpoint: dict[str, Any]
+    ) -> None:
+        for name, value in checkpoint[RAW].items():
+            if not value.isfinite().all():
+                raise FloatingPointError(
+                    f"{pl_module.job} diverged: {name} is not finite at step "
+                    f"{trainer.global_step}; lower the learning rate and run again from the last "
+                    "checkpoint"
+                )

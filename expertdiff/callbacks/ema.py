@@ -1,0 +1,79 @@
+"""The averaged weights."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from expertdiff import checkpoints
+from expertdiff.checkpoints import AVERAGED, RAW
+
+
+class EMA(Callback):
+    """Exponential moving average of the weights: validated, checkpointed and shipped.
+
+    ADM's recurrence from the initial weights on: ema = decay ema + (1 - decay) theta, after each
+    optimizer step. Checkpoints hold the average as ``state_dict``, the raw weights beside it.
+    (Lightning's own WeightAveraging keeps its copy where the model is before it moves to the
+    device, starts at the first update, and reads a counter from the device each step.)
+
+    Args:
+        decay: of the average, in [0, 1); 0 keeps the raw weights.
+        warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that a short run does not
+            measure its random start.
+    """
+
+    def __init__(self, decay: float = 0.9999, warmup: bool = False) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"ema decay {decay} must be in [0, 1)")
+        self.decay, self.warmup = decay, warmup
+        self._average: list[Tensor] = []
+        self._loaded: dict[str, Tensor] | None = None
+        self._updates = 0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        named = dict(pl_module.named_parameters())
+        source = self._loaded or {name: parameter.data for name, parameter in named.items()}
+        # torch.empty_like + copy_ keeps the parameter's device and memory format.
+        self._average = [torch.empty_like(p.data).copy_(source[name]) for name, p in named.items()]
+        self._loaded = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self._updates:
+            return  # in the middle of an accumulation
+        self._updates = n = trainer.global_step
+        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        parameters = [parameter.data for parameter in pl_module.parameters()]
+        with torch.no_grad():
+            get_ema_multi_avg_fn(decay)(self._average, parameters, n)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._exchange(pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._exchange(pl_module)
+
+    def _exchange(self, pl_module: LightningModule) -> None:
+        for i, parameter in enumerate(pl_module.parameters() if self._average else ()):
+            parameter.data, self._average[i] = self._average[i], parameter.data
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        names = [name for name, _ in pl_module.named_parameters()]
+        checkpoint[RAW] = checkpoint[AVERAGED]
+        checkpoint[AVERAGED] = checkpoint[RAW] | dict(zip(names, self._average))
+        checkpoint.setdefault(checkpoints.IDENTITY, {})["ema"] = self._identity()
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoints.same_run({"ema": self._identity()}, checkpoint)
+        pl_module.load_state_dict(checkpoint[RAW])
+        self._loaded = checkpoint[AVERAGED]
+        self._updates = checkpoint["global_step"]
+
+    def _identity(self) -> dict[str, Any]:
+        return {"decay": self.decay, "warmup": self.warmup}

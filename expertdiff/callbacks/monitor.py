@@ -1,0 +1,158 @@
+"""What a person watches: losses by interval, speed, pictures, and the configuration."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from expertdiff.callbacks.checkpoint import ExactCheckpoint
+from expertdiff.diffusion.samplers import SampleNoise
+from expertdiff.evaluation.images import save_grid, to_uint8
+from expertdiff.files import write_text
+from expertdiff.loggers import JsonLines
+from expertdiff.methods.base import Method
+
+
+class LossByInterval(Callback):
+    """Logs the losses of each interval of the partition, and the speed.
+
+    Training losses are the mean of the steps since the last line, gathered on the device and read
+    every ``log_every_n_steps``; validation losses are those of the averaged weights.
+    """
+
+    def on_train_start(self, trainer: Trainer, pl_module: Method) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, JsonLines):
+                logger.forget_after(trainer.global_step)
+        self._start_window(trainer, pl_module)
+
+    def _start_window(self, trainer: Trainer, pl_module: Method) -> None:
+        self._sums = torch.zeros(3, len(pl_module.partition), device=pl_module.device)
+        self._loss = torch.zeros((), device=pl_module.device)
+        self._batches, self._began, self._step = 0, time.monotonic(), trainer.global_step
+
+    def on_train_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Method,
+        outputs: dict[str, Tensor],
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        owner = pl_module.partition.index(pl_module.process.progress(outputs["t"]))
+        rows = torch.stack([outputs["mse"], outputs["vb"], torch.ones_like(outputs["mse"])])
+        self._sums.index_add_(1, owner, rows)
+        self._loss += outputs["loss"]
+        self._batches += 1
+        steps = trainer.global_step - self._step
+        if steps < trainer.log_every_n_steps and trainer.global_step < trainer.max_steps:
+            return
+        sums, loss = self._sums.tolist(), float(self._loss) / self._batches
+        speed = steps / (time.monotonic() - self._began)
+        values = {"train/loss": loss, "steps_per_second": speed} | _by_interval("train", sums)
+        pl_module.log("loss", loss, prog_bar=True, logger=False)
+        _log(trainer, values)
+        self._start_window(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: Method) -> None:
+        self._validation = torch.zeros(3, len(pl_module.partition), device=pl_module.device)
+        self._validation_began = time.monotonic()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: Method,
+        outputs: dict[int, tuple[Tensor, Tensor]],
+        *_: Any,
+    ) -> None:
+        for i, (mse, vb) in outputs.items():
+            row = torch.stack([mse.sum(), vb.sum(), mse.new_tensor(len(mse))])
+            self._validation[:, i] += row
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Method) -> None:
+        if trainer.sanity_checking:
+            return
+        sums = trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
+        _log(trainer, _by_interval("val", sums))
+        if trainer.training:
+            self._began += time.monotonic() - self._validation_began  # no part of the speed
+
+
+def _by_interval(stage: str, sums: list[list[float]]) -> dict[str, float]:
+    values = {}
+    for i, (mse, vb, count) in enumerate(zip(*sums)):
+        if count:
+            values |= {f"{stage}/mse/{i}": mse / count, f"{stage}/vb/{i}": vb / count}
+    return values
+
+
+def _log(trainer: Trainer, values: dict[str, float]) -> None:
+    clock = next((c for c in trainer.callbacks if isinstance(c, ExactCheckpoint)), None)
+    seconds = {"seconds": round(clock.elapsed(), 3)} if clock else {}
+    for logger in trainer.loggers:
+        logger.log_metrics(seconds | values, step=trainer.global_step)
+
+
+class DenoisingGrid(Callback):
+    """After each validation, pictures of what the averaged weights see.
+
+    Rows: validation images; columns: the image, then x_t and the predicted x0 at three points of
+    the job's own interval, cleanest first. One expert alone cannot sample, but it can show this.
+
+    Args:
+        images: how many.
+    """
+
+    def __init__(self, images: int = 8) -> None:
+        self.images = images
+
+    @torch.no_grad()
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: Method) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        images, labels = trainer.datamodule.split("validation")
+        x0 = trainer.datamodule.scaled(images[: self.images].to(pl_module.device))
+        y = labels[: self.images].to(pl_module.device)
+        eps = SampleNoise(0, range(len(x0)), x0.shape[1:], x0.device)(0)
+        columns = [x0]
+        for fraction in (0.0, 0.5, 0.999):
+            u = torch.full((len(x0),), fraction, dtype=torch.float64, device=x0.device)
+            t = pl_module.process.times(u, pl_module.interval)
+            x_t = pl_module.process.add_noise(x0, eps, t)
+            columns += [x_t, pl_module.predict_x0(x_t, t, y)]
+        tiles = to_uint8(torch.stack(columns, dim=1).flatten(0, 1)).cpu()
+        path = Path(trainer.default_root_dir) / "grids" / f"step-{trainer.global_step:08d}.png"
+        save_grid(tiles, path, columns=len(columns))
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                logger.log_image("denoising", [str(path)], step=trainer.global_step)
+
+
+class ResolvedConfig(SaveConfigCallback):
+    """Keeps the resolved configuration in the run's folder and in the loggers.
+
+    Once the run has been accepted, so that a refused one does not replace what was kept.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Too early: a checkpoint may still refuse the run."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._keep(trainer)
+
+    @rank_zero_only
+    def _keep(self, trainer: Trainer) -> None:
+        text = self.parser.dump(self.config, skip_none=False)
+        write_text(Path(trainer.default_root_dir) / "config.yaml", text)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(text))
