@@ -74,7 +74,7 @@ class Expert:
         if identity is None:
             raise ValueError(f"checkpoint {path} was not written by expertdiff")
         weights = {
-            key.removeprefix(PREFIX): value
+            key.removeprefix(PREFIX): value.contiguous()  # trained as channels_last on a GPU
             for key, value in content[checkpoints.AVERAGED].items()
             if key.startswith(PREFIX)
         }

@@ -130,7 +130,10 @@ def launch(study: Study, config: dict[str, Any], parallel: int | None = None) ->
             tests.append(_test_job(study, config, name, bundle))
     # On a CPU one after another: the first leaves the reference's statistics to the next.
     at_once = parallel if torch.cuda.is_available() else 1
-    run([job for job in tests if not _tested(job)], at_once)
+    untested = [job for job in tests if not _tested(job)]
+    for job in untested:  # an old result must not stand beside a new configuration
+        (job.folder / "metrics.json").unlink(missing_ok=True)
+    run(untested, at_once)
     report = write_report(study.folder)
     print(f"report: {report}")
     return report

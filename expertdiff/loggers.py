@@ -110,6 +110,7 @@ class WandB(WandbLogger, StudyLogger):
             tags=tags,
             settings=wandb.Settings(init_timeout=20, silent=True, console="off"),
         )
+        del self._wandb_init["anonymous"]  # Lightning sets it, W&B warns of it
 
     def attach(self, folder: Path, study: str, job: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from expertdiff.callbacks.checkpoint import ExactCheckpoint
+from expertdiff.data.images import Images
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.evaluation.images import save_grid, to_uint8
 from expertdiff.files import write_text
@@ -115,7 +116,8 @@ class DenoisingGrid(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Method) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        images_only = isinstance(trainer.datamodule, Images)
+        if trainer.sanity_checking or not trainer.is_global_zero or not images_only:
             return
         images, labels = trainer.datamodule.split("validation")
         x0 = trainer.datamodule.scaled(images[: self.images].to(pl_module.device))

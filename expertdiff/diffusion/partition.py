@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -79,11 +80,16 @@ class Partition(Described):
             raise ValueError(
                 f"routing needs progress in float64, not {progress.dtype}: pass process.progress(t)"
             )
-        inner = torch.tensor(self.edges[1:-1], dtype=torch.float64, device=progress.device)
-        return torch.bucketize(progress, inner)
+        return torch.bucketize(progress, _on(progress.device, self.edges[1:-1]))
 
     def __str__(self) -> str:
         return f"partition [{', '.join(f'{edge:g}' for edge in self.edges)}]"
+
+
+@lru_cache
+def _on(device: torch.device, edges: tuple[float, ...]) -> Tensor:
+    # Kept, because a copy to a GPU would wait for everything the GPU still has to do.
+    return torch.tensor(edges, dtype=torch.float64, device=device)
 
 
 def _exact(edge: float) -> Fraction:

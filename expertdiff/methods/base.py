@@ -80,6 +80,11 @@ class Method(LightningModule):
     def job(self) -> str:
         """The name of this job inside its study."""
 
+    def setup(self, stage: str) -> None:
+        if self.trainer.strategy.root_device.type == "cuda":
+            # What tensor cores want; on a CPU it gains nothing in training.
+            self.network.to(memory_format=torch.channels_last)
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.network.parameters())
         if self.lr_scheduler is None:
