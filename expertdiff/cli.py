@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
@@ -95,30 +94,24 @@ class ExpertCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what only the study and the job together know."""
         config = self.config_init[self.subcommand]
-        study: Study = config.study
+        trainer, study = config.trainer, config.study
         if isinstance(self.model, Method):
             job, folder = self.model.job, study.folder / self.model.job
-            if config.trainer.max_steps == -1:
-                expert = getattr(self.model, "expert", None)
-                budgets = study.budgets(self.model.partition)
-                steps = study.iterations if expert is None else budgets[expert]
-                kwargs["max_steps"] = steps
-                if isinstance(config.trainer.val_check_interval, int):
+            if trainer.max_steps == -1:
+                kwargs["max_steps"] = steps = study.steps(self.model)
+                if isinstance(trainer.val_check_interval, int):
                     # A job too short for the interval is validated at its end.
-                    kwargs["val_check_interval"] = min(config.trainer.val_check_interval, steps)
+                    kwargs["val_check_interval"] = min(trainer.val_check_interval, steps)
         else:
             job, folder = f"test-{self.model.output.name}", self.model.output
-        if config.trainer.default_root_dir is None:
-            kwargs["default_root_dir"] = str(folder)
-        folder = Path(config.trainer.default_root_dir or folder)
-        loggers = config.trainer.logger
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
+        folder = Path(trainer.default_root_dir or folder)
+        kwargs["default_root_dir"] = str(folder)
+        for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if isinstance(logger, StudyLogger):
                 logger.attach(folder, study.name, job)
         if SLURMEnvironment.detect():
             # Lightning's requeueing saves in the middle of a step and mixes up experts.
-            plugins = config.trainer.plugins or []
-            kwargs["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
+            kwargs["plugins"] = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
         return super().instantiate_trainer(**kwargs)
 
     def fit(self, model: Method, datamodule: Data, ckpt_path: Any = None, **kwargs: Any) -> None:
@@ -200,7 +193,7 @@ VERBS: dict[str, Callable[..., None]] = {"stitch": stitch, "sample": sample, "re
 def run_verb(function: Callable[..., None], args: Sequence[str]) -> None:
     """Calls a function with its first argument by position, the others as options."""
     (first, *_), summary = inspect.signature(function).parameters.items(), inspect.getdoc(function)
-    parser = ArgumentParser(
+    parser = Parser(
         prog=f"expertdiff {function.__name__}", description=(summary or "").partition("\n")[0]
     )
     name, parameter = first

@@ -74,7 +74,7 @@ class Job:
 
     def progress(self) -> tuple[int, str]:
         """The step it has reached, and a word about how it goes."""
-        lines = read_metrics(self.folder / "metrics.jsonl")
+        lines = read_metrics(self.folder / "metrics.jsonl", last=8192)
         words = []
         for key, text in (("train/loss", "loss {:.4f}"), ("steps_per_second", "{:.1f} it/s")):
             words += [text.format(line[key]) for line in reversed(lines) if key in line][:1]
@@ -238,7 +238,7 @@ def run(jobs: list[Job], parallel: int | None = None) -> None:
                 slot = next(s for s in range(len(slots)) if s not in running)
                 running[slot] = waiting.pop(0)
                 running[slot].start(slots[slot])
-            time.sleep(0.5)
+            time.sleep(1)
             for slot, job in list(running.items()):
                 code = job.process.poll()
                 display.update(job, code)

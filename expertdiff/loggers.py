@@ -71,10 +71,22 @@ class JsonLines(Logger, StudyLogger):
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line torn by a kill is left out."""
+def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics file; one torn by a kill is left out.
+
+    Args:
+        path: the file; none has no lines.
+        last: read about this many bytes from the end only.
+    """
+    if not path.is_file():
+        return []
+    with open(path, "rb") as file:
+        cut = last is not None and path.stat().st_size > last
+        if cut:
+            file.seek(-last, os.SEEK_END)
+        texts = file.read().splitlines()[cut:]
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for text in texts:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from expertdiff.diffusion.partition import Partition
+from expertdiff.methods.base import Method
+from expertdiff.methods.mdm import MDM
 from expertdiff.methods.stitched import Evaluation
 
 
@@ -32,6 +34,12 @@ class Study:
     def folder(self) -> Path:
         """Everything of this study lies here."""
         return Path(self.root) / self.name
+
+    def steps(self, method: Method) -> int:
+        """Optimizer steps of the job that trains `method`."""
+        if isinstance(method, MDM):
+            return self.budgets(method.partition)[method.expert]
+        return self.iterations
 
     def budgets(self, partition: Partition) -> list[int]:
         """Optimizer steps of each expert.
