@@ -77,12 +77,13 @@ def our_step(net: nn.Module, x_t: Tensor, t: Tensor, target: Tensor) -> Callable
     return step
 
 
-def seconds(step: Callable[[], None], device: str) -> float:
-    start = time.perf_counter()
+def seconds(step: Callable[[], None], device: str) -> tuple[float, float]:
+    """Wall-clock and processor time of a step."""
+    wall, cpu = time.perf_counter(), time.process_time()
     step()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def main() -> None:
@@ -105,11 +106,19 @@ def main() -> None:
     for _ in range(args.steps + 1):
         for name, step in steps.items():
             times[name].append(seconds(step, device))
-    medians = {name: statistics.median(each[1:]) for name, each in times.items()}
     print(f"{device}, {torch.get_num_threads()} threads, batch {args.batch}, {args.steps} steps")
-    for name, median in medians.items():
-        print(f"{name:6} {1000 * median:8.0f} ms/step {args.batch / median:8.1f} images/s")
-    print(f"ratio  {medians['plain'] / medians['ours']:8.2f}")
+    medians = {
+        name: [statistics.median(column) for column in zip(*rows[1:])]
+        for name, rows in times.items()
+    }
+    for name, (wall, cpu) in medians.items():
+        print(
+            f"{name:6} {wall:7.2f} s/step  {cpu:7.2f} cpu s/step {args.batch / wall:8.2f} images/s"
+        )
+    wall, cpu = (plain / ours for plain, ours in zip(medians["plain"], medians["ours"]))
+    print(
+        f"ratio  {wall:7.2f}         {cpu:7.2f} (of processor time, where others share the cores)"
+    )
 
 
 if __name__ == "__main__":
