@@ -278,7 +278,24 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / "manifest.json")
     if not isinstance(manifest, dict) or manifest.get("format") != 1:
         raise ValueError(f"{folder} has a manifest of another format: stitch it again")
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}/manifest.json is damaged ({error}): stitch it again") from error
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    intervals = Partition(manifest["partition"]).intervals()
+    if [Interval(*entry["interval"]) for entry in manifest["experts"]] != intervals:
+        raise ValueError("its experts are not those of its partition")
+    for entry, interval in zip(manifest["experts"], intervals):
+        if not Interval(*entry["identity"]["interval"]).contains(interval):
+            raise ValueError(f"{entry['file']} was not trained on {interval}")
+        if not isinstance(entry["sha256"], str) or not isinstance(entry["step"], int):
+            raise ValueError(f"{entry['file']} has no digest or step")
+    for key in SHARED:
+        manifest["shared"][key]
 
 
 def _read_weights(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:

@@ -38,13 +38,13 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             torch.save(checkpoint, temporary)
             _check_zip(temporary)
             record = {"size": temporary.stat().st_size, "sha256": sha256_of(temporary)}
+        write_json(_record_path(path), {"step": checkpoint.get("global_step"), **record})
     except (RuntimeError, OSError, zipfile.BadZipFile) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
         raise OSError(
             f"cannot write checkpoint {path} ({error}): free some space or choose another folder; "
             "older checkpoints are untouched"
         ) from error
-    write_json(_record_path(path), {"step": checkpoint.get("global_step"), **record})
 
 
 def load(path: Path) -> dict[str, Any]:

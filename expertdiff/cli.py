@@ -8,6 +8,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
 # The imports that look unused make the bare names of their classes known to the command line.
 import expertdiff.data.images
@@ -27,7 +29,7 @@ from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted
 from expertdiff.callbacks.ema import EMA
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
-from expertdiff.files import read_json
+from expertdiff.files import locked
 from expertdiff.launch import INTERRUPTED, launch
 from expertdiff.loggers import StudyLogger
 from expertdiff.methods.base import Method
@@ -100,8 +102,9 @@ class ExpertCLI(LightningCLI):
             if trainer.max_steps == -1:
                 kwargs["max_steps"] = steps = study.steps(self.model)
                 if isinstance(trainer.val_check_interval, int):
-                    # A job too short for the interval is validated at its end.
-                    kwargs["val_check_interval"] = min(trainer.val_check_interval, steps)
+                    # Lightning counts micro-batches; a job too short is validated at its end.
+                    every = min(trainer.val_check_interval, steps)
+                    kwargs["val_check_interval"] = every * trainer.accumulate_grad_batches
         else:
             job, folder = f"test-{self.model.output.name}", self.model.output
         folder = Path(trainer.default_root_dir or folder)
@@ -109,6 +112,13 @@ class ExpertCLI(LightningCLI):
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if isinstance(logger, StudyLogger):
                 logger.attach(folder, study.name, job)
+        if self.subcommand == "validate":  # its numbers are no part of the training's
+            kwargs["logger"] = False
+        if trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"trainer.precision {trainer.precision} is too coarse to train or average: "
+                "use bf16-mixed"
+            )
         if SLURMEnvironment.detect():
             # Lightning's requeueing saves in the middle of a step and mixes up experts.
             kwargs["plugins"] = [*(trainer.plugins or []), SLURMEnvironment(auto_requeue=False)]
@@ -116,15 +126,35 @@ class ExpertCLI(LightningCLI):
 
     def fit(self, model: Method, datamodule: Data, ckpt_path: Any = None, **kwargs: Any) -> None:
         """Trains to `max_steps`, from the newest checkpoint of this job if there is one."""
+        if not isinstance(model, Method):
+            raise ValueError(f"{type(model).__name__} cannot be trained: name a method, as MDM")
         folder = Path(self.trainer.default_root_dir)
-        done = folder / "done.json"
-        if done.is_file() and read_json(done)["step"] >= self.trainer.max_steps:
-            print(f"{model.job} was trained to its end before: {folder}")
-            return
-        ckpt_path = ckpt_path or checkpoints.newest(folder / "checkpoints")
-        self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+        keeper = next(c for c in self.trainer.callbacks if isinstance(c, ExactCheckpoint))
+        # One lock a run: further ranks of it are other processes.
+        first = not getattr(rank_zero_only, "rank", 0)
+        with locked(folder) if first else nullcontext(), keeper.listening():
+            # Also for a run that was finished before: the checkpoint says whether it is this run.
+            ckpt_path = ckpt_path or checkpoints.newest(folder / "checkpoints")
+            with suppress(SystemExit):  # Lightning's answer to a SIGTERM before the first step
+                self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+            step, last = self.trainer.global_step, self.trainer.max_steps
+            if step < last:
+                raise Interrupted(f"stopped at step {step} of {last}")
+            if not (folder / "done.json").is_file():
+                keeper.record(self.trainer)  # a kill had come between checkpoint and record
         if self.trainer.is_global_zero:
             print(f"{model.job} is trained: {folder}")
+
+    def validate(
+        self, model: Method, datamodule: Data, ckpt_path: Any = None, **kwargs: Any
+    ) -> None:
+        """Prints the losses by interval of this job's newest checkpoint (averaged weights)."""
+        folder = Path(self.trainer.default_root_dir) / "checkpoints"
+        ckpt_path = ckpt_path or checkpoints.newest(folder)
+        if ckpt_path is None:
+            raise ValueError(f"{folder} holds no checkpoint to validate: train it, or name one")
+        print(f"{ckpt_path}:")
+        self.trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
 
 
 class ConfigOnly(ExpertCLI):
@@ -183,8 +213,14 @@ def launch_verb(args: Sequence[str]) -> None:
         raise ValueError(f"--parallel {ours.parallel} runs nothing: give 1 or more")
     configs = [part for path in ours.config for part in ("--config", path)]
     cli = ConfigOnly([*configs, *rest])
-    cli.datamodule.prepare_data()
-    launch(cli.study, cli.resolved(), ours.parallel)
+    config = cli.resolved()
+    for name in ("max_steps", "default_root_dir"):
+        if config["trainer"][name] not in (-1, None):
+            raise ValueError(
+                f"--trainer.{name} cannot be the same for every job: set study.iterations, "
+                "study.budget, study.root or study.name"
+            )
+    launch(cli.study, config, cli.datamodule.identity(), ours.parallel)
 
 
 VERBS: dict[str, Callable[..., None]] = {"stitch": stitch, "sample": sample, "report": report}
@@ -221,8 +257,16 @@ Trains, stitches, compares and samples multi-expert diffusion models.
   expertdiff launch --config configs/digits/mdm.yaml"""
 
 
+CODES = {BlockingIOError: 73, FloatingPointError: 70}
+"""Exit codes of errors that are no bad input: a folder in use, a training that diverged."""
+
+
 def main(args: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0 done, 2 bad input, 75 interrupted and resumable."""
+    """Runs one verb; returns the exit code.
+
+    0 done; 2 bad input; 70 the training diverged; 73 another job holds the folder; 75 interrupted
+    with a checkpoint, to be resumed by the same command.
+    """
     args = list(sys.argv[1:] if args is None else args)
     verb = args[0] if args else "--help"
     # Lightning's advertisements and notes on its defaults.
@@ -245,11 +289,11 @@ def main(args: Sequence[str] | None = None) -> int:
         print(f"{stopped}; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, FloatingPointError) as error:
-        said = _ours(error)
+        said = error if isinstance(error, OSError) else _ours(error)
         if said is None or os.environ.get("EXPERTDIFF_DEBUG"):
             raise
         print(f"expertdiff: error: {said}", file=sys.stderr)
-        return 2
+        return next((code for kind, code in CODES.items() if isinstance(said, kind)), 2)
     return 0
 
 

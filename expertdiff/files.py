@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside their target, synced, then renamed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -33,6 +34,24 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds `folder` for this process: two jobs must never write one run.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                f"{folder} is in use by another job: wait for it, or give the study another name"
+            ) from None
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

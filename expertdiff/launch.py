@@ -17,6 +17,7 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from expertdiff import checkpoints
 from expertdiff.bundle import Bundle
 from expertdiff.describe import build, differences
 from expertdiff.diffusion.partition import Partition
@@ -88,12 +89,15 @@ class Job:
         return "\n".join(f"    {line}" for line in [line for line in shown if line][-lines:])
 
 
-def launch(study: Study, config: dict[str, Any], parallel: int | None = None) -> Path:
+def launch(
+    study: Study, config: dict[str, Any], data: dict[str, Any], parallel: int | None = None
+) -> Path:
     """Trains every job of a study that is not finished, then stitches, tests and reports.
 
     Args:
         study: names, folders, budgets.
         config: the resolved configuration of ``fit``; plain data.
+        data: what the training data are (`Data.identity`).
         parallel: jobs at a time; by default one a GPU, or one a CPU core.
 
     Returns:
@@ -112,7 +116,7 @@ def launch(study: Study, config: dict[str, Any], parallel: int | None = None) ->
             jobs.append(_fit_job(study, config, f"expert-{i}", steps, expert=i))
     if study.baseline or not experts:
         jobs.append(_fit_job(study, config, "baseline", study.iterations))
-    _claim(study, config, partition, jobs)
+    _claim(study, config, data, partition, jobs)
 
     unfinished = [job for job in jobs if not _finished(job)]
     for job in jobs:
@@ -143,11 +147,13 @@ def _fit_job(
     study: Study, config: dict[str, Any], name: str, steps: int, expert: int | None = None
 ) -> Job:
     config = copy.deepcopy(config)
-    if expert is None:
+    arguments = config["model"]["init_args"]
+    if expert is not None:
+        arguments["expert"] = expert
+    elif "expert" in arguments:  # the baseline of experts: the same network for the whole chain
         config["model"]["class_path"] = "expertdiff.methods.single.Diffusion"
-        config["model"]["init_args"].pop("expert", None)
-    else:
-        config["model"]["init_args"]["expert"] = expert
+        del arguments["expert"]
+    config["trainer"]["enable_progress_bar"] = False  # the log is a file
     return Job(name, "fit", config, study.folder / name, steps)
 
 
@@ -159,21 +165,22 @@ def _test_job(study: Study, config: dict[str, Any], name: str, bundle: Bundle) -
         raise ValueError("the study has no study.evaluation: say how the bundles are to be judged")
     config["model"] = {
         "class_path": "expertdiff.methods.stitched.Stitched",
-        "init_args": {
-            "bundle": str(bundle.folder),
-            "evaluation": evaluation,
-            "output": str(output),
-        },
+        "init_args": {"bundle": str(bundle.folder), "evaluation": evaluation, "output": None},
     }
-    # The bundle can be tested again by hand with the same settings.
+    # To test the bundle again by hand; that result lies with the bundle, not in the study.
     write_text(bundle.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    config["model"]["init_args"]["output"] = str(output)
+    config["trainer"]["enable_progress_bar"] = False
     batches = -(-evaluation["samples"] // evaluation["batch_size"]) * len(evaluation["seeds"])
     return Job(f"test {name}", "test", config, output, batches)
 
 
 def _finished(job: Job) -> bool:
-    path = job.folder / "done.json"
-    return path.is_file() and read_json(path)["step"] >= job.steps
+    """Whether both the record and a whole checkpoint say so."""
+    if not (job.folder / "done.json").is_file():
+        return False
+    newest = checkpoints.newest(job.folder / "checkpoints")
+    return newest is not None and checkpoints.step_of(newest) >= job.steps
 
 
 def _tested(job: Job) -> bool:
@@ -189,19 +196,34 @@ def _tested(job: Job) -> bool:
     )
 
 
-def _claim(study: Study, config: dict[str, Any], partition: Partition, jobs: list[Job]) -> None:
-    """Writes study.json; refuses a folder whose study has another model, data or seed."""
+def _claim(
+    study: Study,
+    config: dict[str, Any],
+    data: dict[str, Any],
+    partition: Partition,
+    jobs: list[Job],
+) -> None:
+    """Writes study.json; refuses a folder of a study with other settings, budgets or data."""
     path = study.folder / "study.json"
-    ours = {key: config[key] for key in ("model", "data", "seed_everything")}
-    if path.is_file() and (changed := differences(ours, read_json(path)["config"])):
-        raise ValueError(
-            f"{study.folder} holds another study ({'; '.join(changed)}): "
-            "choose another --study.name, or restore the settings"
-        )
+    ours = {key: config[key] for key in ("model", "ema", "seed_everything")}
+    for key in ("precision", "accumulate_grad_batches", "gradient_clip_val"):
+        ours[key] = config["trainer"][key]
+    ours |= {"batch_size": config["data"]["init_args"]["batch_size"], "data": data}
+    ours["steps"] = {job.name: job.steps for job in jobs}
+    if path.is_file():
+        theirs = read_json(path)["settings"]
+        # A baseline may be added or left out later.
+        for steps, others in ((ours["steps"], theirs["steps"]), (theirs["steps"], ours["steps"])):
+            others.setdefault("baseline", steps.get("baseline"))
+        if changed := differences(ours, theirs):
+            raise ValueError(
+                f"{study.folder} holds another study ({'; '.join(changed)}): "
+                "choose another --study.name, or restore the settings"
+            )
     intervals = {f"expert-{i}": [e.lo, e.hi] for i, e in enumerate(partition.intervals())}
     record = {
         "name": study.name,
-        "config": ours,
+        "settings": ours,
         "partition": list(partition.edges),
         "process": config["model"]["init_args"]["process"],
         "data": config["data"],
@@ -221,7 +243,8 @@ def _claim(study: Study, config: dict[str, Any], partition: Partition, jobs: lis
 def run(jobs: list[Job], parallel: int | None = None) -> None:
     """Runs jobs as processes, several at a time, with their progress in one terminal.
 
-    A job that fails leaves the others running.
+    A job that fails leaves the others running. SIGTERM, a closed terminal or Ctrl-C stop all jobs,
+    each with a checkpoint.
 
     Raises:
         SystemExit: after all have ended, if any failed or was interrupted.
@@ -229,9 +252,9 @@ def run(jobs: list[Job], parallel: int | None = None) -> None:
     if not jobs:
         return
     slots = _slots(len(jobs), parallel)
-    waiting, running, failed = list(jobs), {}, []
+    waiting, running = list(jobs), {}
     display = Display(jobs)
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    handlers = {n: signal.signal(n, _as_interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
     try:
         while waiting or running:
             while waiting and len(running) < len(slots):
@@ -244,26 +267,30 @@ def run(jobs: list[Job], parallel: int | None = None) -> None:
                 display.update(job, code)
                 if code is not None:
                     del running[slot]
-                    if code:
-                        failed.append(job)
     except KeyboardInterrupt:
-        display.close()
-        print("stopping: each job saves a checkpoint first")
-        for job in running.values():
-            job.process.send_signal(signal.SIGTERM)
-        for job in running.values():
-            job.process.wait()
-        print("stopped; the same command goes on from here")
+        print("\nstopping: each job saves a checkpoint; the same command goes on from there")
         raise SystemExit(INTERRUPTED) from None
-    display.close()
+    finally:  # whatever happened, no job goes on alone
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        started = [job for job in running.values() if job.process]
+        for job in started:
+            job.process.send_signal(signal.SIGTERM)
+        for job in started:
+            job.process.wait()
+        display.close()
+    _complain([job for job in jobs if job.process.returncode])
+
+
+def _complain(failed: list[Job]) -> None:
+    for job in failed:
+        code = job.process.returncode
+        print(f"\n{job.name} failed with exit code {code}; the end of {job.log}:\n{job.why()}")
+        print(f"  resume it with `{' '.join(job.command)}`, or all with this launch command")
     if failed:
-        for job in failed:
-            code = job.process.returncode
-            print(f"\n{job.name} failed with exit code {code}; the end of {job.log}:\n{job.why()}")
-            print(
-                f"  resume it with `{' '.join(job.command)}`, or all with the same launch command"
-            )
-        raise SystemExit(max(abs(job.process.returncode) for job in failed))
+        # "Interrupted" only if nothing worse happened: a batch script would start it again.
+        codes = [abs(job.process.returncode) for job in failed]
+        raise SystemExit(max((c for c in codes if c != INTERRUPTED), default=INTERRUPTED))
 
 
 def _as_interrupt(number: int, frame: Any) -> None:
@@ -274,7 +301,8 @@ def _slots(jobs: int, parallel: int | None) -> list[dict[str, str]]:
     """The environment of each place where a job can run."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        return [{"CUDA_VISIBLE_DEVICES": device} for device in visible[: parallel or gpus]]
+        # More jobs than GPUs share them in turn.
+        return [{"CUDA_VISIBLE_DEVICES": visible[i % gpus]} for i in range(parallel or gpus)]
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )

@@ -3,6 +3,7 @@
 import json
 import netrc
 import os
+import secrets
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -122,12 +123,16 @@ class WandB(WandbLogger, StudyLogger):
             tags=tags,
             settings=wandb.Settings(init_timeout=20, silent=True, console="off"),
         )
-        del self._wandb_init["anonymous"]  # Lightning sets it, W&B warns of it
+        self._wandb_init.pop("anonymous", None)  # Lightning sets it, W&B warns of it
 
     def attach(self, folder: Path, study: str, job: str) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        # The id is the same after a restart, so that a dashboard shows one run a job.
-        run = {"dir": str(folder), "id": f"{study}-{job}", "name": f"{study}-{job}"}
+        # The id is kept, so that a dashboard shows one run a job over restarts; and it is drawn,
+        # so that studies of one name on two machines stay apart.
+        kept = folder / "wandb_id"
+        if not kept.is_file():
+            write_text(kept, secrets.token_hex(4))
+        name = f"{study}-{job}"
+        run = {"dir": str(folder), "id": f"{name}-{kept.read_text()}", "name": name}
         self._wandb_init |= run | {"group": study, "job_type": job}
         self._save_dir, self._name, self._id = run["dir"], run["name"], run["id"]
 

@@ -50,7 +50,13 @@ class Study:
         if self.budget is None:
             # Rounded at the edges, so that the sum is the total.
             ends = [round(edge * self.iterations) for edge in partition.edges]
-            return [hi - lo for lo, hi in zip(ends, ends[1:])]
+            budgets = [hi - lo for lo, hi in zip(ends, ends[1:])]
+            if min(budgets) < 1:
+                raise ValueError(
+                    f"study.iterations = {self.iterations} in proportion to {partition} leaves "
+                    f"{budgets} steps: give more, or a study.budget"
+                )
+            return budgets
         if len(self.budget) != len(partition):
             raise ValueError(
                 f"study.budget {list(self.budget)} names {len(self.budget)} experts, "

@@ -67,8 +67,9 @@ def sample(
         enable_checkpointing=False,
         enable_model_summary=False,
     )
-    images = torch.cat([images for _, images in trainer.predict(model)])
-    save_npz(images, output / "samples.npz")
+    _, parts, labels = zip(*trainer.predict(model))
+    images = torch.cat(parts)
+    save_npz(images, output / "samples.npz", None if labels[0] is None else torch.cat(labels))
     save_grid(images[:100], output / "samples.png", columns=round(min(samples, 100) ** 0.5))
     print(f"{samples} images: {output / 'samples.png'}, {output / 'samples.npz'}")
 

@@ -101,8 +101,8 @@ def test_predict_gives_indices_and_images(study):
     protocol = Evaluation(DDIM(2), Pixels(), samples=5, seeds=(0,), batch_size=2)
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     batches = trainer.predict(Stitched(study / "bundles" / "stitched", protocol))
-    assert torch.cat([index for index, _ in batches]).tolist() == [0, 1, 2, 3, 4]
-    assert [len(images) for _, images in batches] == [2, 2, 1]
+    assert torch.cat([index for index, _, _ in batches]).tolist() == [0, 1, 2, 3, 4]
+    assert [len(images) for _, images, _ in batches] == [2, 2, 1]
 
 
 def test_another_reference_resolution_is_refused(study, capsys, tmp_path):

@@ -2,6 +2,8 @@
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +43,15 @@ class ExactCheckpoint(Checkpoint):
     """Checkpoints from which training goes on with the same bits, in ``<run>/checkpoints``.
 
     Written at step borders only: every `every_n_steps` optimizer steps, at the end, and on SIGTERM,
-    SIGUSR1 or Ctrl-C, after which training stops with `Interrupted`. ``done.json`` appears when
-    ``max_steps`` is reached, and nothing else means "finished".
+    SIGUSR1, SIGHUP or Ctrl-C, after which training stops with `Interrupted`. ``done.json`` appears
+    when ``max_steps`` is reached.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.
         keep: how many checkpoints stay; ``None`` keeps all.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
     def __init__(self, every_n_steps: int = 1000, keep: int | None = 2) -> None:
         if every_n_steps < 1 or (keep is not None and keep < 1):
@@ -59,7 +61,6 @@ class ExactCheckpoint(Checkpoint):
         self._since = 0.0
         self._signalled = False
         self._saved_step = -1
-        self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -75,11 +76,38 @@ class ExactCheckpoint(Checkpoint):
         """Wall-clock seconds of training, over all resumes."""
         return self.seconds + (time.monotonic() - self._since if self._since else 0.0)
 
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Inside, signals only set a flag, which training obeys at its next step border."""
+        previous = {number: signal.getsignal(number) for number in self.SIGNALS}
+        self._listen()
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        for number in self.SIGNALS:
+            signal.signal(number, self._on_signal)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._saved_step = time.monotonic(), trainer.global_step
-        # After Lightning's own, which would end a signalled run with exit code 0.
-        for number in self.SIGNALS:
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        # Again, after Lightning's own, which would end a signalled run with exit code 0.
+        self._listen()
+        if trainer.is_global_zero:
+            self._set_aside(trainer)
+        if self._agreed(trainer):
+            raise Interrupted(f"stopped before step {trainer.global_step + 1}")
+
+    def _set_aside(self, trainer: Trainer) -> None:
+        """Later checkpoints are damaged or of an abandoned branch: they must not win again."""
+        folder = self._folder(trainer)
+        for path in folder.glob("step-*.ckpt"):
+            if checkpoints.step_of(path) > trainer.global_step:
+                path.rename(path.with_name(path.name + ".aside"))
+        for path in folder.glob(".step-*.tmp"):  # of a job that was killed while it wrote
+            path.unlink()
 
     def _on_signal(self, number: int, frame: Any) -> None:
         # Only a flag: a handler may run in the middle of anything. A second Ctrl-C does not wait.
@@ -107,25 +135,23 @@ class ExactCheckpoint(Checkpoint):
         return bool(trainer.strategy.reduce(flag, reduce_op="max").item())
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.global_step < trainer.max_steps or trainer.max_steps < 0:
-            return
         self._save(trainer)
-        if trainer.is_global_zero:
-            path = checkpoints.checkpoint_path(self._folder(trainer), trainer.global_step)
-            record = {
-                "step": trainer.global_step,
-                "max_steps": trainer.max_steps,
-                "sha256": sha256_of(path),
-                "seconds": self.elapsed(),
-                "device": device_name(trainer.strategy.root_device),
-                "devices": trainer.world_size,
-            }
-            write_json(Path(trainer.default_root_dir) / "done.json", record)
+        self.record(trainer)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
+    def record(self, trainer: Trainer) -> None:
+        """Writes ``done.json`` if training has reached its last step."""
+        if not trainer.is_global_zero or trainer.global_step < trainer.max_steps:
+            return
+        path = checkpoints.checkpoint_path(self._folder(trainer), trainer.global_step)
+        record = {
+            "step": trainer.global_step,
+            "max_steps": trainer.max_steps,
+            "sha256": sha256_of(path),
+            "seconds": self.elapsed(),
+            "device": device_name(trainer.strategy.root_device),
+            "devices": trainer.world_size,
+        }
+        write_json(Path(trainer.default_root_dir) / "done.json", record)
 
     def _save(self, trainer: Trainer) -> None:
         if self._saved_step == trainer.global_step:

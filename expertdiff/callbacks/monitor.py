@@ -1,5 +1,6 @@
 """What a person watches: losses by interval, speed, pictures, and the configuration."""
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -58,7 +60,13 @@ class LossByInterval(Callback):
         sums, loss = self._sums.tolist(), float(self._loss) / self._batches
         speed = steps / (time.monotonic() - self._began)
         values = {"train/loss": loss, "steps_per_second": speed} | _by_interval("train", sums)
-        pl_module.log("loss", loss, prog_bar=True, logger=False)
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{pl_module.job} diverged: its loss is {loss} at step {trainer.global_step}; "
+                "lower the learning rate and run again from the last checkpoint"
+            )
+        # On the CPU: a progress bar asks for it every step, and must not ask the GPU.
+        pl_module.log("loss", torch.tensor(loss), prog_bar=True, logger=False)
         _log(trainer, values)
         self._start_window(trainer, pl_module)
 
@@ -81,6 +89,11 @@ class LossByInterval(Callback):
         if trainer.sanity_checking:
             return
         sums = trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            if trainer.is_global_zero:
+                for name, value in _by_interval("val", sums).items():
+                    print(f"{name}: {value:.6f}")
+            return
         _log(trainer, _by_interval("val", sums))
         if trainer.training:
             self._began += time.monotonic() - self._validation_began  # no part of the speed
@@ -116,8 +129,8 @@ class DenoisingGrid(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Method) -> None:
-        images_only = isinstance(trainer.datamodule, Images)
-        if trainer.sanity_checking or not trainer.is_global_zero or not images_only:
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if not (fitting and trainer.is_global_zero and isinstance(trainer.datamodule, Images)):
             return
         images, labels = trainer.datamodule.split("validation")
         x0 = trainer.datamodule.scaled(images[: self.images].to(pl_module.device))

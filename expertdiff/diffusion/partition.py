@@ -47,15 +47,15 @@ class Partition(Described):
     edges: Sequence[float]
 
     def __post_init__(self) -> None:
-        edges = list(self.edges)
+        # Through fractions, so that 0.1 + 0.2 and 0.3 are the same edge.
+        edges = [float(_exact(edge)) for edge in self.edges]
         increasing = all(lo < hi for lo, hi in zip(edges, edges[1:]))
         if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not increasing:
             raise ValueError(
-                f"edges {edges} do not partition (0, 1]: give increasing numbers from 0 to 1, "
-                "for example [0, 0.1, 0.8, 1]"
+                f"edges {list(self.edges)} do not partition (0, 1]: give increasing numbers from "
+                "0 to 1, for example [0, 0.1, 0.8, 1]"
             )
-        # Through fractions, so that 0.1 + 0.2 and 0.3 are the same edge.
-        object.__setattr__(self, "edges", tuple(float(_exact(edge)) for edge in edges))
+        object.__setattr__(self, "edges", tuple(edges))
 
     def __len__(self) -> int:
         return len(self.edges) - 1

@@ -150,6 +150,8 @@ class DDIM(Sampler):
         self, steps: int | str | None = "ddim50", eta: float = 0.0, clip: bool = True
     ) -> None:
         super().__init__(steps, clip)
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta {eta} must be in [0, 1]: 0 draws no noise, 1 as much as DDPM")
         self.eta = eta
 
     def step(

@@ -81,9 +81,32 @@ class Method(LightningModule):
         """The name of this job inside its study."""
 
     def setup(self, stage: str) -> None:
+        self._fit_together()
         if self.trainer.strategy.root_device.type == "cuda":
             # What tensor cores want; on a CPU it gains nothing in training.
             self.network.to(memory_format=torch.channels_last)
+
+    @torch.no_grad()
+    def _fit_together(self) -> None:
+        """Raises a ValueError unless the network takes this data."""
+        data, classes = self.trainer.datamodule, self.network.num_classes
+        if classes is not None and classes != data.num_classes:
+            raise ValueError(
+                f"the network has num_classes {classes}, {type(data).__name__} has "
+                f"{data.num_classes}: give it as many, or null for an unconditional model"
+            )
+        device = next(self.network.parameters()).device
+        x, t = torch.zeros(1, *data.shape, device=device), torch.zeros(1, device=device).long()
+        y = t if classes is not None else None
+        try:
+            shape = tuple(self.network(x, t, y).shape[1:])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"the network cannot take data of shape {data.shape}: {reason}"
+            ) from error
+        if shape not in (data.shape, (2 * data.shape[0], *data.shape[1:])):
+            raise ValueError(f"the network makes {shape} of data of shape {data.shape}")
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.network.parameters())
@@ -93,8 +116,10 @@ class Method(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """The loss of a batch; `batch_idx` counts the micro-batches of the whole run."""
-        key = (self.job, self.global_rank, batch_idx)
+        """The loss of a batch; all its randomness is keyed by the micro-batch of the whole run."""
+        accumulate = self.trainer.accumulate_grad_batches
+        micro_batch = self.trainer.global_step * accumulate + batch_idx % accumulate
+        key = (self.job, self.global_rank, micro_batch)
         torch.manual_seed(seed_of(self.seed, "network", *key))  # dropout
         noise = generator(self.device, self.seed, "noise", *key)
         x0 = batch.x0
@@ -150,6 +175,7 @@ class Method(LightningModule):
             "devices": self.trainer.world_size,
             "precision": str(self.trainer.precision),
             "gradient_clip_val": self.trainer.gradient_clip_val,
+            "gradient_clip_algorithm": str(self.trainer.gradient_clip_algorithm),
             "optimizer": {"class": type(optimizer).__name__, **_plain(optimizer.defaults)},
             "lr_scheduler": scheduler
             and {"class": type(scheduler).__name__, **_plain(vars(scheduler))},
@@ -171,9 +197,15 @@ class Method(LightningModule):
         }
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    plain = (bool, int, float, str)
-    return {key: value for key, value in values.items() if isinstance(value, plain)}
+def _plain(value: Any) -> Any:
+    """Settings of an optimizer or scheduler as plain data; what has no plain form, by its type."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def device_name(device: torch.device) -> str:

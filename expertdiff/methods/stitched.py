@@ -62,6 +62,11 @@ class Stitched(LightningModule):
 
     def __init__(self, bundle: Path, evaluation: Evaluation, output: Path | None = None) -> None:
         super().__init__()
+        for name in ("samples", "batch_size"):
+            if getattr(evaluation, name) < 1:
+                raise ValueError(
+                    f"{name} {getattr(evaluation, name)} draws nothing: give 1 or more"
+                )
         self.bundle = Bundle.load(bundle)
         self.denoiser = self.bundle.denoiser
         self.evaluation = evaluation
@@ -76,16 +81,20 @@ class Stitched(LightningModule):
     def predict_dataloader(self) -> Batches:
         return self.sample_batches()
 
+    def labels(self, seed: int, index: Tensor) -> Tensor | None:
+        """The class [B] of each sample, a function of (seed, index); ``None`` if there is none."""
+        if not (classes := self.bundle.num_classes):
+            return None
+        draws = [
+            torch.randint(classes, (), generator=generator("cpu", seed, "label", i))
+            for i in index.tolist()
+        ]
+        return torch.stack(draws).to(self.device)
+
     def draw(self, seed: int, index: Tensor) -> Tensor:
         """The images (uint8 [B,C,H,W]) with these indices."""
         noise = SampleNoise(seed, index.tolist(), self.bundle.shape, self.device)
-        labels = None
-        if classes := self.bundle.num_classes:
-            draws = [
-                torch.randint(classes, (), generator=generator("cpu", seed, "label", i))
-                for i in index.tolist()
-            ]
-            labels = torch.stack(draws).to(self.device)
+        labels = self.labels(seed, index)
         return to_uint8(self.evaluation.sampler(self.denoiser, noise, labels))
 
     def on_test_start(self) -> None:
@@ -173,10 +182,12 @@ class Stitched(LightningModule):
             f"images: {result['floor']:.3f})\nresults: {self.output / 'metrics.json'}"
         )
 
-    def predict_step(self, batch: tuple[int, Tensor], batch_idx: int) -> tuple[Tensor, Tensor]:
-        """(sample indices, uint8 images)."""
+    def predict_step(
+        self, batch: tuple[int, Tensor], batch_idx: int
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(sample indices, uint8 images, labels if the model has classes)."""
         seed, index = batch
-        return index, self.draw(seed, index).cpu()
+        return index, self.draw(seed, index).cpu(), self.labels(seed, index)
 
     def _gathered(self, features: Tensor) -> Tensor:
         """The features of all ranks in the order of their sample indices."""
