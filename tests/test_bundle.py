@@ -261,6 +261,16 @@ class TestLoadRefuses:
         (bundle / "manifest.json").write_text(json.dumps(manifest))
         assert "no safetensors file of this bundle" in self.load(capsys, bundle)
 
+    def test_experts_in_another_order(self, bundle, capsys):
+        manifest = json.loads((bundle / "manifest.json").read_text())
+        manifest["experts"].reverse()
+        (bundle / "manifest.json").write_text(json.dumps(manifest))
+        assert "its experts are not those of its partition" in self.load(capsys, bundle)
+
+    def test_a_manifest_without_its_keys(self, bundle, capsys):
+        (bundle / "manifest.json").write_text('{"format": 1}')
+        assert "manifest.json is damaged ('partition')" in self.load(capsys, bundle)
+
     def test_broken_manifest(self, bundle, capsys):
         (bundle / "manifest.json").write_text('{"format": 1,')
         assert "manifest.json is not valid JSON" in self.load(capsys, bundle)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIG, ROOT, TINY
+from conftest import ROOT, TINY
 
 import expertdiff
 from expertdiff import checkpoints, files
@@ -16,6 +16,8 @@ from expertdiff.cli import ConfigOnly, main
 from expertdiff.describe import build
 from expertdiff.diffusion.partition import Partition
 
+SMALL = ROOT / "configs/cifar10/small.yaml"
+"""Laid over another."""
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
@@ -32,7 +34,8 @@ def refused(capsys, *args) -> str:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_every_shipped_config_parses(path):
-    cli = ConfigOnly(["--config", str(path)])
+    below = ["--config", str(path.with_name("mdm.yaml"))] if path == SMALL else []
+    cli = ConfigOnly([*below, "--config", str(path)])
     assert cli.study.evaluation is not None
     assert sum(cli.study.budgets(partition_of(cli))) == cli.study.iterations
 
@@ -102,10 +105,43 @@ class TestFaults:
         options = (f"--study.root={tmp_path}", f"--study.budget={budget}")
         assert "study.budget" in refused(capsys, "launch", *TINY, *options)
 
-    def test_data_root(self, capsys, tmp_path):
-        data = ["--data=CIFAR10", f"--data.root={tmp_path / 'nowhere'}", "--data.download=false"]
-        error = refused(capsys, "fit", *CONFIG, *data, f"--study.root={tmp_path}")
+    @pytest.mark.parametrize("verb", ["fit", "launch"])
+    def test_data_root(self, verb, capsys, tmp_path):
+        config = ["--config", str(ROOT / "configs/cifar10/mdm.yaml"), "--config", str(SMALL)]
+        data = [f"--data.root={tmp_path / 'nowhere'}", "--data.download=false"]
+        data += ["--trainer.logger=JsonLines"]
+        error = refused(capsys, verb, *config, *data, f"--study.root={tmp_path / 'runs'}")
         assert "nowhere" in error
+        assert not list(tmp_path.glob("runs/*/study.json"))
+
+    def test_network_of_other_data(self, capsys, tmp_path):
+        root = f"--study.root={tmp_path}"
+        error = refused(capsys, "fit", *TINY, root, "--model.network.in_channels=3")
+        assert "cannot take data of shape (1, 8, 8)" in error
+        error = refused(capsys, "fit", *TINY, root, "--model.network.num_classes=5")
+        assert "num_classes 5, Digits has 10" in error
+
+    @pytest.mark.parametrize("option", ["--trainer.max_steps=5", "--trainer.default_root_dir=x"])
+    def test_one_setting_for_all_jobs(self, option, capsys, tmp_path):
+        error = refused(capsys, "launch", *TINY, f"--study.root={tmp_path}", option)
+        assert "cannot be the same for every job" in error
+
+    def test_too_few_iterations(self, capsys, tmp_path):
+        options = (f"--study.root={tmp_path}", "--study.iterations=4")
+        assert "leaves [0, 3, 1] steps" in refused(capsys, "fit", *TINY, *options)
+
+    def test_coarse_precision(self, capsys, tmp_path):
+        options = (f"--study.root={tmp_path}", "--trainer.precision=bf16-true")
+        assert "use bf16-mixed" in refused(capsys, "fit", *TINY, *options)
+
+    def test_a_root_that_cannot_be(self, capsys):
+        assert "/dev/null" in refused(capsys, "fit", *TINY, "--study.root=/dev/null/x")
+
+    def test_a_run_in_use(self, fit, tmp_path, capsys):
+        with files.locked(tmp_path / "tiny" / "expert-0"):
+            assert fit() == 73
+        assert "in use by another job" in capsys.readouterr().err
+        assert fit() == 0
 
     def test_unknown_verb(self, capsys):
         assert "'trian' is no verb" in refused(capsys, "trian")
@@ -136,11 +172,12 @@ class TestOtherRun:
             ("--ema.decay=0.5", "ema.decay: 0.5 != 0.999"),
             ("--trainer.precision=bf16-mixed", "precision"),
             ("--trainer.accumulate_grad_batches=2", "accumulate_grad_batches: 2 != 1"),
+            ("--model.optimizer.betas=[0.5,0.5]", "optimizer.betas: [0.5, 0.5] != [0.9, 0.999]"),
         ],
     )
     def test_fit_refuses_to_resume(self, root, option, name, capsys, tmp_path):
         before = checkpoints.newest(tmp_path / "tiny" / "expert-0" / "checkpoints")
-        error = refused(capsys, "fit", *TINY, root, option, "--trainer.max_steps=32")
+        error = refused(capsys, "fit", *TINY, root, option)
         assert name in error and "another name" in error
         assert checkpoints.newest(tmp_path / "tiny" / "expert-0" / "checkpoints") == before
 
@@ -151,8 +188,21 @@ class TestOtherRun:
     def test_wrong_expert(self, root, capsys, tmp_path):
         shutil.rmtree(tmp_path / "tiny" / "expert-0")
         shutil.copytree(tmp_path / "tiny" / "expert-1", tmp_path / "tiny" / "expert-0")
-        (tmp_path / "tiny" / "expert-0" / "done.json").unlink()
         assert "job: 'expert-0' != 'expert-1'" in refused(capsys, "fit", *TINY, root)
+
+
+def test_validate_prints_losses_of_the_newest_checkpoint(fit, tmp_path, capsys):
+    options = [f"--study.root={tmp_path}", "--study.iterations=40"]
+    assert "no checkpoint" in refused(capsys, "validate", *TINY, *options)
+    assert fit("--study.iterations=40") == 0
+    metrics = (tmp_path / "tiny" / "expert-0" / "metrics.jsonl").read_text()
+    last = [json.loads(line) for line in metrics.splitlines() if "val/mse/0" in line][-1]
+    assert last["step"] == 4
+    capsys.readouterr()
+    assert main(["validate", *TINY, *options]) == 0
+    value = float(capsys.readouterr().out.split("val/mse/0: ")[1].split()[0])
+    assert value == pytest.approx(last["val/mse/0"], abs=1e-5)  # the same weights, noise and t
+    assert (tmp_path / "tiny" / "expert-0" / "metrics.jsonl").read_text() == metrics
 
 
 class TestCheckpoints:
@@ -179,7 +229,6 @@ class TestCheckpoints:
         job = tmp_path / "tiny" / "expert-0"
         newest = checkpoints.newest(job / "checkpoints")
         newest.write_bytes(newest.read_bytes()[:-5])
-        (job / "done.json").unlink()
         with pytest.warns(UserWarning, match=r"step-00000008.ckpt has \d+ bytes instead of"):
             assert fit("--trainer.max_steps=8") == 0
         assert json.loads((job / "done.json").read_text())["step"] == 8
@@ -199,8 +248,47 @@ class TestCheckpoints:
         assert [p.name for p in tmp_path.iterdir()] == ["a"]
         assert (tmp_path / "a").read_text() == "old"
 
+    def test_full_disk_while_the_record_is_written(self, fit, tmp_path, monkeypatch, capsys):
+        assert fit("--trainer.max_steps=4") == 0
+
+        def full(path, value):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(checkpoints, "write_json", full)
+        assert fit("--trainer.max_steps=8") == 2
+        assert "older checkpoints are untouched" in capsys.readouterr().err
+        monkeypatch.undo()
+        folder = tmp_path / "tiny" / "expert-0" / "checkpoints"
+        with pytest.warns(UserWarning, match="is unfinished"):
+            assert checkpoints.newest(folder).name == "step-00000004.ckpt"
+
+    def test_a_damaged_later_one_is_set_aside(self, fit, tmp_path):
+        assert fit("--trainer.max_steps=8", "--checkpoint.keep=null") == 0
+        folder = tmp_path / "tiny" / "expert-0" / "checkpoints"
+        newest = checkpoints.newest(folder)
+        newest.write_bytes(b"damaged")
+        with pytest.warns(UserWarning, match="bytes instead of"):
+            assert fit("--trainer.max_steps=6", "--checkpoint.keep=1") == 0
+        assert checkpoints.newest(folder).name == "step-00000006.ckpt"
+        assert (folder / "step-00000008.ckpt.aside").exists()
+
+    def test_a_kill_before_the_record_is_repaired(self, fit, tmp_path):
+        assert fit() == 0
+        done = tmp_path / "tiny" / "expert-0" / "done.json"
+        first = json.loads(done.read_text())
+        done.unlink()
+        assert fit() == 0
+        again = json.loads(done.read_text())
+        assert again["sha256"] == first["sha256"] and again["step"] == 2
+        assert again["seconds"] == pytest.approx(first["seconds"], abs=0.5)
+
+    def test_stopped_by_the_clock_is_not_finished(self, fit, tmp_path):
+        assert fit("--trainer.max_time=00:00:00:02", "--study.iterations=100000") == 75
+        job = tmp_path / "tiny" / "expert-0"
+        assert checkpoints.newest(job / "checkpoints") and not (job / "done.json").exists()
+
     def test_divergence_is_not_saved(self, fit, tmp_path, capsys):
-        assert fit("--model.optimizer.lr=1e30") == 2
+        assert fit("--model.optimizer.lr=1e30") == 70
         assert "diverged" in capsys.readouterr().err
         assert checkpoints.newest(tmp_path / "tiny" / "expert-0" / "checkpoints") is None
 

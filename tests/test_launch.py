@@ -13,6 +13,7 @@ import torch
 from conftest import TINY
 from PIL import Image
 
+from expertdiff import checkpoints
 from expertdiff.bundle import Bundle
 from expertdiff.cli import main
 from expertdiff.diffusion.partition import Partition
@@ -20,6 +21,7 @@ from expertdiff.evaluation.features import Pixels
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
 from expertdiff.evaluation.images import load_npz
 from expertdiff.launch import Job, run
+from expertdiff.loggers import read_metrics
 from expertdiff.report.study import read_study
 from expertdiff.report.verdict import missing
 from expertdiff.study import Study
@@ -149,6 +151,16 @@ def test_an_interrupted_launch_goes_on(tmp_path):
     before = (folder / "metrics.jsonl").read_text()
     time.sleep(1)
     assert (folder / "metrics.jsonl").read_text() == before
+    # the same command goes on from there
+    stopped = checkpoints.step_of(checkpoints.newest(folder / "checkpoints"))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while len(read_metrics(folder / "metrics.jsonl")) <= len(before.splitlines()):
+        assert process.poll() is None and time.monotonic() < deadline + 120
+        time.sleep(0.2)
+    os.kill(process.pid, signal.SIGHUP)  # a closed terminal
+    assert process.wait(timeout=60) == 75
+    steps = [line["step"] for line in read_metrics(folder / "metrics.jsonl")]
+    assert steps == sorted(steps) and steps[-1] > stopped
 
 
 def test_exit_code_is_the_worst_of_the_jobs(tmp_path, capfd):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from conftest import TINY
 
 from expertdiff import checkpoints
 from expertdiff.checkpoints import RAW
+from expertdiff.cli import ConfigOnly
+from expertdiff.data.base import Batch
+from expertdiff.methods.base import Method
 
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
@@ -50,11 +54,18 @@ def test_two_ranks_train_one_model(tmp_path):
             assert torch.equal(value, again[kind][key]), key
 
 
-def test_ranks_draw_different_noise():
-    from expertdiff.seeds import generator
+def test_ranks_and_micro_batches_draw_their_own_t(monkeypatch):
+    cli = ConfigOnly(TINY)
+    module = cli.parser.instantiate_classes(cli.config).model
+    batch = Batch(torch.zeros(8, 1, 8, 8), torch.zeros(8).long(), torch.arange(8))
 
-    draws = [
-        torch.randn(8, generator=generator("cpu", 0, "noise", "expert-0", rank, 3))
-        for rank in range(2)
-    ]
-    assert not torch.equal(*draws)
+    def drawn(rank, step, batch_idx):
+        trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=step)
+        monkeypatch.setattr(Method, "global_rank", rank)
+        monkeypatch.setattr(Method, "trainer", trainer)
+        return tuple(module.training_step(batch, batch_idx)["t"].tolist())
+
+    points = [(0, 0, 0), (1, 0, 0), (0, 1, 1), (0, 0, 1), (1, 1, 0)]
+    assert len({drawn(*point) for point in points}) == 5
+    # the micro-batch of the run counts, not how Lightning numbers batches within an epoch
+    assert drawn(0, 1, 7) == drawn(0, 1, 1)

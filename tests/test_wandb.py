@@ -43,7 +43,7 @@ def test_offline_run_without_an_account(no_account, tmp_path):
 
     wandb.finish()
     job = tmp_path / "tiny" / "expert-1"
-    (path,) = job.glob("wandb/offline-run-*/run-tiny-expert-1.wandb")
+    (path,) = job.glob("wandb/offline-run-*/run-tiny-expert-1-*.wandb")
     seen, history = {}, {}
     for record in records(path):
         seen.setdefault(record.WhichOneof("record_type"), []).append(record)
@@ -51,7 +51,8 @@ def test_offline_run_without_an_account(no_account, tmp_path):
             key = item.key or "/".join(item.nested_key)
             history.setdefault(key, []).append(json.loads(item.value_json))
     (run,) = {(r.run.run_id, r.run.run_group, r.run.job_type) for r in seen["run"]}
-    assert run == ("tiny-expert-1", "tiny", "expert-1")
+    name = f"tiny-expert-1-{(job / 'wandb_id').read_text()}"
+    assert run == (name, "tiny", "expert-1")
     names = {key.split("/")[0] if key.startswith("denoising") else key for key in history}
     assert {"train/loss", "train/mse/1", "val/mse/1", "steps_per_second", "denoising"} <= names
     config = {u.key: json.loads(u.value_json) for r in seen["run"] for u in r.run.config.update}

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -70,6 +71,8 @@ class EMA(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return  # the average is what is validated
         checkpoints.same_run({"ema": self._identity()}, checkpoint)
         pl_module.load_state_dict(checkpoint[RAW])
         self._loaded = checkpoint[AVERAGED]
