@@ -145,7 +145,7 @@ def test_an_interrupted_launch_goes_on(tmp_path):
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
-    assert process.returncode == 75 and "goes on from here" in out
+    assert process.returncode == 75 and "goes on from there" in out
     assert list(folder.glob("checkpoints/*.json")) and not (folder / "done.json").exists()
     # no orphan goes on training
     before = (folder / "metrics.jsonl").read_text()

@@ -70,13 +70,25 @@ class SignalAt(Callback):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), self.number)
 
+    def on_fit_start(self, trainer, pl_module):  # Lightning listens by now, training does not
+        if self.step == -2:
+            os.kill(os.getpid(), self.number)
+
     def on_validation_batch_start(self, trainer, *_):
         if self.step == -1 and trainer.global_step == 8:
             os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.parametrize(
-    "number, step", [(signal.SIGTERM, 5), (signal.SIGUSR1, 7), (signal.SIGINT, 6), (15, -1)]
+    "number, step",
+    [
+        (signal.SIGTERM, 5),
+        (signal.SIGUSR1, 7),
+        (signal.SIGINT, 6),
+        (signal.SIGTERM, -1),
+        (signal.SIGTERM, -2),
+        (signal.SIGUSR1, -2),
+    ],
 )
 def test_a_signal_stops_at_a_step_border_and_resumes_exactly(tmp_path, number, step, fit):
     interrupt = "--trainer.callbacks+=test_training.SignalAt"

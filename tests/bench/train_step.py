@@ -10,12 +10,21 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from expertdiff.callbacks.ema import EMA
+from expertdiff.data.base import Batch
+from expertdiff.diffusion.denoiser import Eps
+from expertdiff.diffusion.partition import Partition
+from expertdiff.diffusion.process import CosineBetas, DiscreteVP
+from expertdiff.diffusion.timesteps import Uniform
+from expertdiff.diffusion.weighting import Simple
+from expertdiff.methods.single import Diffusion
 from expertdiff.networks.unet import ADMUNet, AttentionBlock
 
 DECAY = 0.9999
@@ -58,21 +67,33 @@ def plain_step(net: nn.Module, x_t: Tensor, t: Tensor, target: Tensor) -> Callab
     return step
 
 
-def our_step(net: nn.Module, x_t: Tensor, t: Tensor, target: Tensor) -> Callable[[], None]:
-    net.to(memory_format=torch.channels_last)
-    x_t = x_t.contiguous(memory_format=torch.channels_last)
-    parameters = list(net.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    ema = [p.detach().clone() for p in parameters]
+def our_step(net: nn.Module, images: Tensor) -> Callable[[], None]:
+    """What ``fit`` runs: the method's own training step (both losses), optimizer and average."""
+    module = Diffusion(
+        network=net,
+        process=DiscreteVP(CosineBetas()),
+        prediction=Eps(),
+        timesteps=Uniform(),
+        weighting=Simple(),
+        partition=Partition([0, 0.1, 0.8, 1]),
+    ).to(images.device)
+    module._trainer = trainer = SimpleNamespace(
+        global_step=0, global_rank=0, accumulate_grad_batches=1
+    )
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    ema = EMA(DECAY)
+    ema.on_fit_start(trainer, module)
+    index = torch.arange(len(images), device=images.device)
+    batch = Batch(images, index, index)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(x_t.device.type, torch.bfloat16):
-            out = net(x_t, t)
-        F.mse_loss(out.float(), target).backward()
+        with torch.autocast(images.device.type, torch.bfloat16):
+            loss = module.training_step(batch, trainer.global_step)["loss"]
+        loss.backward()
         optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(ema, parameters, 1 - DECAY)
+        trainer.global_step += 1
+        ema.on_train_batch_end(trainer, module)
 
     return step
 
@@ -101,7 +122,7 @@ def main() -> None:
         torch.randint(1000, (args.batch,), device=device),
         torch.randn(args.batch, 6, 32, 32, device=device),
     )
-    steps = {"plain": plain_step(copy.deepcopy(net), *inputs), "ours": our_step(net, *inputs)}
+    steps = {"plain": plain_step(copy.deepcopy(net), *inputs), "ours": our_step(net, inputs[0])}
     times = {name: [] for name in steps}
     for _ in range(args.steps + 1):
         for name, step in steps.items():
