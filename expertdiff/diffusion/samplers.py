@@ -63,6 +63,26 @@ class Step(NamedTuple):
         return 1 - (self.alpha * self.sigma_s / (self.alpha_s * self.sigma)) ** 2
 
 
+class Moment(NamedTuple):
+    """All that a step from t to s may use.
+
+    Attributes:
+        x_t: [B, ...].
+        now: the prediction at t.
+        step: the coefficients of this step.
+        before: the prediction one step earlier; ``None`` at the first.
+        last: the coefficients of that earlier step.
+        noise: draws standard normal [B, ...]; a deterministic step does not call it.
+    """
+
+    x_t: Tensor
+    now: Prediction
+    step: Step
+    before: Prediction | None
+    last: Step | None
+    noise: Callable[[], Tensor]
+
+
 class State(NamedTuple):
     """Where a trajectory stands: x_t, its t, and what the denoiser said about it."""
 
@@ -84,23 +104,8 @@ class Sampler(Described, ABC):
         self.steps, self.clip = steps, clip
 
     @abstractmethod
-    def step(
-        self,
-        x_t: Tensor,
-        now: Prediction,
-        before: Prediction | None,
-        steps: Sequence[Step],
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
-        """x_s from x_t.
-
-        Args:
-            x_t: [B, ...].
-            now: the prediction at t.
-            before: the prediction at the step before, ``None`` at the first.
-            steps: coefficients of all steps so far; the last is this one's.
-            noise: draws standard normal [B, ...]; a deterministic step does not call it.
-        """
+    def step(self, m: Moment) -> Tensor:
+        """x_s from x_t."""
 
     def timesteps(self, T: int) -> list[int]:
         """The original timesteps that are visited, noisiest first."""
@@ -120,14 +125,15 @@ class Sampler(Described, ABC):
         steps = [Step(*here, *there) for here, there in zip(grid, grid[1:])]
 
         x, before, now = noise(0), None, None
-        for k, t in enumerate(visited):
+        for k, (t, step) in enumerate(zip(visited, steps)):
             now = denoiser(x, torch.full((len(x),), t), y)
             if self.clip:
                 x0 = now.x0.clamp(-1, 1)
                 # eps must follow the clipped x0, or the step would leave the line between them.
-                now = replace(now, x0=x0, eps=(x - steps[k].alpha * x0) / steps[k].sigma)
+                now = replace(now, x0=x0, eps=(x - step.alpha * x0) / step.sigma)
             yield State(t, x, now)
-            x = self.step(x, now, before, steps[: k + 1], lambda k=k: noise(k + 1))
+            last = steps[k - 1] if k else None
+            x = self.step(Moment(x, now, step, before, last, lambda k=k: noise(k + 1)))
             before = now
         yield State(-1, x, now)
 
@@ -154,18 +160,11 @@ class DDIM(Sampler):
             raise ValueError(f"eta {eta} must be in [0, 1]: 0 draws no noise, 1 as much as DDPM")
         self.eta = eta
 
-    def step(
-        self,
-        x_t: Tensor,
-        now: Prediction,
-        before: Prediction | None,
-        steps: Sequence[Step],
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
-        s = steps[-1]
+    def step(self, m: Moment) -> Tensor:
+        s, now = m.step, m.now
         fresh = self.eta * s.sigma_s * math.sqrt(s.tau)
         x_s = s.alpha_s * now.x0 + math.sqrt(s.sigma_s**2 - fresh**2) * now.eps
-        return x_s + fresh * noise() if fresh else x_s
+        return x_s + fresh * m.noise() if fresh else x_s
 
 
 class DDPM(Sampler):
@@ -184,23 +183,16 @@ class DDPM(Sampler):
         super().__init__(steps, clip)
         self.large_variance = large_variance
 
-    def step(
-        self,
-        x_t: Tensor,
-        now: Prediction,
-        before: Prediction | None,
-        steps: Sequence[Step],
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
-        s = steps[-1]
+    def step(self, m: Moment) -> Tensor:
+        s, now = m.step, m.now
         if s.sigma_s == 0:
             return now.x0
         mean = s.alpha_s * now.x0 + s.sigma_s * math.sqrt(1 - s.tau) * now.eps
         beta, posterior = 1 - (s.alpha / s.alpha_s) ** 2, s.sigma_s**2 * s.tau
         if now.variance is not None:
             log_variance = learned_log_variance(now, math.log(beta), math.log(posterior))
-            return mean + (0.5 * log_variance).exp() * noise()
-        return mean + math.sqrt(beta if self.large_variance else posterior) * noise()
+            return mean + (0.5 * log_variance).exp() * m.noise()
+        return mean + math.sqrt(beta if self.large_variance else posterior) * m.noise()
 
 
 class DPMSolverPP2M(Sampler):
@@ -209,24 +201,16 @@ class DPMSolverPP2M(Sampler):
     def __init__(self, steps: int | str | None = 20, clip: bool = True) -> None:
         super().__init__(steps, clip)
 
-    def step(
-        self,
-        x_t: Tensor,
-        now: Prediction,
-        before: Prediction | None,
-        steps: Sequence[Step],
-        noise: Callable[[], Tensor],
-    ) -> Tensor:
-        s = steps[-1]
+    def step(self, m: Moment) -> Tensor:
+        s, now = m.step, m.now
         if s.sigma_s == 0:
             return now.x0
         h = math.log(s.alpha_s / s.sigma_s) - math.log(s.alpha / s.sigma)
         x0 = now.x0
-        if before is not None:
-            last = steps[-2]
-            r = (math.log(s.alpha / s.sigma) - math.log(last.alpha / last.sigma)) / h
-            x0 = x0 + (x0 - before.x0) / (2 * r)
-        return s.sigma_s / s.sigma * x_t - s.alpha_s * math.expm1(-h) * x0
+        if m.before is not None:
+            r = (math.log(s.alpha / s.sigma) - math.log(m.last.alpha / m.last.sigma)) / h
+            x0 = x0 + (x0 - m.before.x0) / (2 * r)
+        return s.sigma_s / s.sigma * m.x_t - s.alpha_s * math.expm1(-h) * x0
 
 
 def spaced(T: int, steps: int | str | None) -> list[int]:
