@@ -274,8 +274,8 @@ def run(jobs: list[Job], parallel: int | None = None) -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         started = [job for job in running.values() if job.process]
-        for job in started:
-            job.process.send_signal(signal.SIGTERM)
+        for job in started:  # a test has nothing to save, and Lightning would let it go on
+            job.process.send_signal(signal.SIGTERM if job.verb == "fit" else signal.SIGKILL)
         for job in started:
             job.process.wait()
         display.close()
