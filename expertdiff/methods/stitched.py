@@ -22,6 +22,7 @@ from expertdiff.evaluation.features import FeatureExtractor
 from expertdiff.evaluation.frechet import Statistics, cached_statistics, frechet_distance
 from expertdiff.evaluation.images import save_grid, to_uint8
 from expertdiff.files import sha256_of, write_json
+from expertdiff.loggers import JsonLines
 from expertdiff.methods.base import device_name
 from expertdiff.seeds import generator
 
@@ -105,6 +106,9 @@ class Stitched(LightningModule):
                     f"{self.bundle.folder} was trained on data of {key} {ours[key]}, "
                     f"the reference has {data[key]}: name the data it was trained on"
                 )
+        for logger in self.trainer.loggers:
+            if isinstance(logger, JsonLines):
+                logger.forget_after(-1)  # of an earlier test into the same folder
         self._extractor.to(self.device)
         # Checks the extractor's weights before hours of sampling, not after.
         self._references = self._reference_statistics()
