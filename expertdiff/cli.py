@@ -29,7 +29,7 @@ from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted
 from expertdiff.callbacks.ema import EMA
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
-from expertdiff.files import locked
+from expertdiff.files import locked, read_json
 from expertdiff.launch import INTERRUPTED, launch
 from expertdiff.loggers import StudyLogger
 from expertdiff.methods.base import Method
@@ -140,7 +140,8 @@ class ExpertCLI(LightningCLI):
             step, last = self.trainer.global_step, self.trainer.max_steps
             if step < last:
                 raise Interrupted(f"stopped at step {step} of {last}")
-            if not (folder / "done.json").is_file():
+            done = folder / "done.json"
+            if not done.is_file() or read_json(done)["step"] != step:
                 keeper.record(self.trainer)  # a kill had come between checkpoint and record
         if self.trainer.is_global_zero:
             print(f"{model.job} is trained: {folder}")

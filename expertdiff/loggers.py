@@ -96,7 +96,7 @@ def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
 
 
 class WandB(WandbLogger, StudyLogger):
-    """Weights & Biases that never prompts and never stops a training.
+    """Weights & Biases that never prompts, and goes offline where it cannot start online.
 
     Online only with an account (``WANDB_API_KEY`` or a `wandb login`) and a network; otherwise the
     run is kept offline in the run's folder, and `wandb sync` uploads it later.
