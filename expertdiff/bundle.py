@@ -54,8 +54,12 @@ class Expert:
         return Interval(*self.identity["interval"])
 
     @classmethod
-    def read(cls, source: Path) -> "Expert":
+    def read(cls, source: Path, seed: int | None = None) -> "Expert":
         """From a training run's folder (its newest checkpoint), a checkpoint, or a bundle's file.
+
+        Args:
+            source: the folder or file.
+            seed: which network to take of a run that trained several seeds side by side.
 
         Raises:
             ValueError: there is nothing to read, or it is damaged, or not finite.
@@ -78,6 +82,15 @@ class Expert:
             for key, value in content[checkpoints.AVERAGED].items()
             if key.startswith(PREFIX)
         }
+        if identity["stacked"]:
+            if seed not in identity["seeds"]:
+                raise ValueError(
+                    f"{path} holds the seeds {identity['seeds']} side by side, not {seed}: "
+                    "name one of them"
+                )
+            member = identity["seeds"].index(seed)
+            weights = {key: value[member].clone() for key, value in weights.items()}
+            identity = identity | {"seeds": [seed], "stacked": False}
         _check_weights(path, weights)
         return cls(path, identity, content["global_step"], sha256_of(path), weights)
 
@@ -147,6 +160,7 @@ class Bundle:
         output: Path,
         partition: Partition | None = None,
         allow_unfinished: bool = False,
+        seed: int | None = None,
     ) -> "Bundle":
         """Writes and loads the bundle of these experts.
 
@@ -156,6 +170,7 @@ class Bundle:
             output: the bundle's folder; replaced when it holds a bundle.
             partition: whose intervals are to be served; by default that of the sources.
             allow_unfinished: take experts that were not trained to their end; recorded.
+            seed: which network to take of runs that trained several seeds side by side.
 
         Raises:
             ValueError: the experts do not fit together, or leave or share an interval.
@@ -163,7 +178,7 @@ class Bundle:
         output = Path(output)
         if output.exists() and not (output / "manifest.json").is_file() and any(output.iterdir()):
             raise ValueError(f"{output} holds something else than a bundle: choose another folder")
-        experts = [Expert.read(source) for source in sources]
+        experts = [Expert.read(source, seed) for source in sources]
         if not experts:
             raise ValueError("no expert was given: name at least one training run")
         _check_together(experts, allow_unfinished)

@@ -10,9 +10,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
-import torch
 import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -20,21 +19,27 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 # The imports that look unused make the bare names of their classes known to the command line.
-import expertdiff.data.images
+import expertdiff.data
+import expertdiff.evaluation.cloud
+import expertdiff.evaluation.features
+import expertdiff.experts.gated
+import expertdiff.methods.dualdiff
 import expertdiff.methods.mdm
 import expertdiff.methods.single
+import expertdiff.networks.mlp
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints
 from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted
 from expertdiff.callbacks.ema import EMA
+from expertdiff.callbacks.gates import GateMap
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
 from expertdiff.files import locked, read_json
 from expertdiff.launch import INTERRUPTED, launch
 from expertdiff.loggers import StudyLogger
 from expertdiff.methods.base import Method
-from expertdiff.seeds import seed_of
 from expertdiff.study import Study
+from expertdiff.tables.dualdiff import table
 from expertdiff.verbs import report, sample, stitch
 
 
@@ -68,7 +73,7 @@ class ExpertCLI(LightningCLI):
                 "val_check_interval": 1000,
                 "log_every_n_steps": 50,
                 "logger": [{"class_path": "JsonLines"}, {"class_path": "WandB"}],
-                "callbacks": [LossByInterval(), DenoisingGrid()],
+                "callbacks": [LossByInterval(), DenoisingGrid(), GateMap()],
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -89,9 +94,6 @@ class ExpertCLI(LightningCLI):
         arguments = config.model.init_args
         if "seed" in arguments:
             arguments.seed = int(config.seed_everything)
-            # Every expert starts from its own random weights.
-            key = ("init", arguments.get("expert", "baseline"))
-            torch.manual_seed(seed_of(arguments.seed, *key))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what only the study and the job together know."""
@@ -172,6 +174,7 @@ class ConfigOnly(ExpertCLI):
         objects = self.parser.instantiate_classes(self.config)
         self.study: Study = objects.study
         self.datamodule: Data = objects.data
+        self.model: Method = objects.model
 
     def resolved(self) -> dict[str, Any]:
         """The whole configuration as plain data."""
@@ -221,10 +224,15 @@ def launch_verb(args: Sequence[str]) -> None:
                 f"--trainer.{name} cannot be the same for every job: set study.iterations, "
                 "study.budget, study.root or study.name"
             )
-    launch(cli.study, config, cli.datamodule.identity(), ours.parallel)
+    launch(cli.study, config, cli.datamodule.identity(), cli.model.job, ours.parallel)
 
 
-VERBS: dict[str, Callable[..., None]] = {"stitch": stitch, "sample": sample, "report": report}
+VERBS: dict[str, Callable[..., None]] = {
+    "stitch": stitch,
+    "sample": sample,
+    "report": report,
+    "table": table,
+}
 
 
 def run_verb(function: Callable[..., None], args: Sequence[str]) -> None:
@@ -234,8 +242,9 @@ def run_verb(function: Callable[..., None], args: Sequence[str]) -> None:
         prog=f"expertdiff {function.__name__}", description=(summary or "").partition("\n")[0]
     )
     name, parameter = first
-    many = {"nargs": "+"} if parameter.annotation is not Path else {}
-    parser.add_argument(name, type=Path, **many)
+    several = get_origin(parameter.annotation) is list
+    (kind,) = get_args(parameter.annotation) if several else (parameter.annotation,)
+    parser.add_argument(name, type=kind, **({"nargs": "+"} if several else {}))
     parser.add_function_arguments(function, skip={name})
     config = parser.instantiate_classes(parser.parse_args(args))
     function(**vars(config))
@@ -251,8 +260,9 @@ Trains, stitches, compares and samples multi-expert diffusion models.
   test      draw images from a bundle and measure their distance from real ones
   predict   draw images from a bundle inside your own Lightning program
   stitch    make one model (a bundle) of trained experts
-  sample    draw images from a bundle: a PNG grid and an .npz
+  sample    draw from a bundle: images (a PNG grid and an .npz) or points (a picture and a .csv)
   report    write the page of a study
+  table     compute a published table again, with its floors and controls
 
 `expertdiff VERB --help` tells the options. Start with
   expertdiff launch --config configs/digits/mdm.yaml"""

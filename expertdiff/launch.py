@@ -90,7 +90,11 @@ class Job:
 
 
 def launch(
-    study: Study, config: dict[str, Any], data: dict[str, Any], parallel: int | None = None
+    study: Study,
+    config: dict[str, Any],
+    data: dict[str, Any],
+    job: str,
+    parallel: int | None = None,
 ) -> Path:
     """Trains every job of a study that is not finished, then stitches, tests and reports.
 
@@ -98,34 +102,43 @@ def launch(
         study: names, folders, budgets.
         config: the resolved configuration of ``fit``; plain data.
         data: what the training data are (`Data.identity`).
+        job: the name of the only job, where the method trains the whole chain in one.
         parallel: jobs at a time; by default one a GPU, or one a CPU core.
 
     Returns:
         The path of the report.
 
     Raises:
-        ValueError: the folder holds another study.
+        ValueError: the folder holds another study, or several seeds are to be trained in one job.
         SystemExit: a job failed or was interrupted; the code is that of the job.
     """
     arguments = config["model"]["init_args"]
     partition = build(arguments["partition"], Partition)
+    if arguments["seeds"] is not None:
+        raise ValueError(
+            f"model.seeds {arguments['seeds']} cannot be launched, because a study has one seed: "
+            "set seed_everything, or train them with `expertdiff fit`"
+        )
     experts = "expert" in arguments
     jobs = []
     if experts:
         for i, steps in enumerate(study.budgets(partition)):
             jobs.append(_fit_job(study, config, f"expert-{i}", steps, expert=i))
-    if study.baseline or not experts:
-        jobs.append(_fit_job(study, config, "baseline", study.iterations))
+        if study.baseline:
+            jobs.append(_fit_job(study, config, "baseline", study.iterations))
+    else:
+        jobs.append(_fit_job(study, config, job, study.iterations))
     _claim(study, config, data, partition, jobs)
 
-    unfinished = [job for job in jobs if not _finished(job)]
+    unfinished = [job for job in jobs if not finished(job)]
     for job in jobs:
         if job not in unfinished:
             print(f"{job.name}: finished before ({job.steps} steps)")
     run(sorted(unfinished, key=lambda job: -job.steps), parallel)
 
-    trained = {"stitched": [job for job in jobs if job.name != "baseline"]}
-    trained["baseline"] = [job for job in jobs if job.name == "baseline"]
+    whole = [job for job in jobs if not job.name.startswith("expert-")]
+    trained = {"stitched": [job for job in jobs if job not in whole]}
+    trained |= {job.name: [job] for job in whole}
     tests = []
     for name, sources in trained.items():
         if sources:
@@ -175,7 +188,7 @@ def _test_job(study: Study, config: dict[str, Any], name: str, bundle: Bundle) -
     return Job(f"test {name}", "test", config, output, batches)
 
 
-def _finished(job: Job) -> bool:
+def finished(job: Job) -> bool:
     """Whether both the record and a whole checkpoint say so."""
     if not (job.folder / "done.json").is_file():
         return False

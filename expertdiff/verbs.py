@@ -7,9 +7,8 @@ from lightning.pytorch import Trainer
 
 from expertdiff.bundle import Bundle
 from expertdiff.diffusion.partition import Partition
-from expertdiff.diffusion.samplers import DDIM, Sampler
-from expertdiff.evaluation.features import Pixels
-from expertdiff.evaluation.images import save_grid, save_npz
+from expertdiff.diffusion.samplers import Sampler
+from expertdiff.evaluation.kinds import kind
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.report import write_report
 
@@ -19,6 +18,7 @@ def stitch(
     output: Path,
     edges: list[float] | None = None,
     allow_unfinished: bool = False,
+    seed: int | None = None,
 ) -> None:
     """Make one model of trained experts.
 
@@ -28,9 +28,10 @@ def stitch(
         output: the bundle's folder.
         edges: of the partition, from 0 to 1; by default that of the experts.
         allow_unfinished: also take experts that were not trained to their end.
+        seed: which network to take of runs that trained several seeds side by side.
     """
     partition = Partition(edges) if edges else None
-    bundle = Bundle.stitch(experts, output, partition, allow_unfinished)
+    bundle = Bundle.stitch(experts, output, partition, allow_unfinished, seed)
     for entry in bundle.manifest["experts"]:
         lo, hi = entry["interval"]
         print(f"({lo:g}, {hi:g}]  {entry['source']['path']}, step {entry['step']}")
@@ -39,25 +40,33 @@ def stitch(
 
 def sample(
     bundle: Path,
-    samples: int = 64,
+    samples: int | None = None,
     seed: int = 0,
     sampler: Sampler | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     precision: str = "32-true",
     output: Path | None = None,
 ) -> None:
-    """Draw images from a bundle: a PNG grid, and an .npz in ADM's layout.
+    """Draw from a bundle: images as a PNG grid and an .npz, points as a picture and a .csv.
 
     Args:
         bundle: the bundle's folder.
-        samples: how many.
-        seed: image i is a function of (seed, i).
-        sampler: by default DDIM with 50 steps.
-        batch_size: images at a time; does not change them.
+        samples: how many; by default 64 images or 10,000 points.
+        seed: sample i is a function of (seed, i).
+        sampler: by default DDIM with 50 steps for images, DDPM with all steps for points.
+        batch_size: samples at a time, does not change them; by default 64 images or 10,000 points.
         precision: of the network, ``32-true`` or ``bf16-mixed``.
-        output: folder of ``samples.png`` and ``samples.npz``; by default ``<bundle>/samples``.
+        output: folder of ``samples.png`` and of ``samples.npz`` (ADM's layout) or ``samples.csv``
+            (in the coordinates of the training file); by default ``<bundle>/samples``.
     """
-    protocol = Evaluation(sampler or DDIM(), Pixels(), samples, (seed,), batch_size)
+    data = Bundle.load(bundle).manifest["shared"]["data"]
+    many = kind(data["shape"])
+    protocol = Evaluation(
+        sampler or many.sampler(),
+        samples=many.SHOWN if samples is None else samples,
+        seeds=(seed,),
+        batch_size=many.SHOWN if batch_size is None else batch_size,
+    )
     output = Path(output or Path(bundle) / "samples")
     model = Stitched(Path(bundle), protocol, output)
     trainer = Trainer(
@@ -68,10 +77,10 @@ def sample(
         enable_model_summary=False,
     )
     _, parts, labels = zip(*trainer.predict(model))
-    images = torch.cat(parts)
-    save_npz(images, output / "samples.npz", None if labels[0] is None else torch.cat(labels))
-    save_grid(images[:100], output / "samples.png", columns=round(min(samples, 100) ** 0.5))
-    print(f"{samples} images: {output / 'samples.png'}, {output / 'samples.npz'}")
+    drawn = torch.cat(parts)
+    path = many.save(drawn, None if labels[0] is None else torch.cat(labels), output, data["scale"])
+    many.picture(drawn[: many.SHOWN], output / "samples.png")
+    print(f"{len(drawn)} samples: {output / 'samples.png'}, {path}")
 
 
 def report(study: Path) -> None:

@@ -299,8 +299,10 @@ LAYERS = [
     {"experts", "data", "evaluation"},
     {"bundle", "loggers"},
     {"methods"},
+    {"analysis"},
     {"callbacks", "study", "report"},
     {"launch", "verbs"},
+    {"tables"},
     {"cli"},
     {"__main__"},
 ]

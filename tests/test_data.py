@@ -39,7 +39,7 @@ def attach(data, training=True, rank=0, world_size=1, global_step=0, accumulate=
         is_global_zero=rank == 0,
         global_step=global_step,
         accumulate_grad_batches=accumulate,
-        lightning_module=SimpleNamespace(seed=seed),
+        lightning_module=SimpleNamespace(seeds=[seed]),
     )
     return data
 
@@ -190,7 +190,7 @@ def test_other_batches_pass():
 class Recorder(pl.LightningModule):
     """Learns one number and keeps what it was given."""
 
-    seed = 7
+    seeds = [7]
 
     def __init__(self):
         super().__init__()

@@ -200,7 +200,7 @@ def test_the_report_shows_costs_distances_and_the_floor(fake):
     text = Page(write_report(fake)).text
     assert "stitched 1,000 500 100.0 50.0 50 s (50 %) 100 s (100 %)" in text
     assert "stitched FD-pixels 1.230 ± 0.020 1.21, 1.23, 1.25 500 50 validation, 200" in text
-    assert "real training images FD-pixels 0.8 – 500 –" in text
+    assert "real data of another split FD-pixels 0.8 – 500 –" in text
     assert "sampler DDIM(steps=ddim50, eta=0, clip=True)" in text
     assert "ema decay 0.999" in text and "data Toy(size=8)" in text
     assert f"torch {torch.__version__.split('+')[0]}" in text

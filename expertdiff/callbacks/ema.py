@@ -22,14 +22,27 @@ class EMA(Callback):
 
     Args:
         decay: of the average, in [0, 1); 0 keeps the raw weights.
-        warmup: use min(decay, (1 + n) / (10 + n)) at update n, so that a short run does not
-            measure its random start.
+        warmup: use at most (1 + n) / (10 + n) at step n, so that a short run does not measure its
+            random start.
+        every: update after steps 1, 1 + every, 1 + 2 every, ... only.
+        power: instead of that warmup, copy the weights for 100 steps and at the next update, then
+            use at most 1 - (n - 100)^-power (ema_pytorch's; DualDiff has 2/3).
     """
 
-    def __init__(self, decay: float = 0.9999, warmup: bool = False) -> None:
+    def __init__(
+        self,
+        decay: float = 0.9999,
+        warmup: bool = False,
+        every: int = 1,
+        power: float | None = None,
+    ) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"ema decay {decay} must be in [0, 1)")
-        self.decay, self.warmup = decay, warmup
+        if every < 1:
+            raise ValueError(f"ema every {every} steps never happens: give 1 or more")
+        if warmup and power is not None:
+            raise ValueError(f"ema has warmup and power {power}: choose one of them")
+        self.decay, self.warmup, self.every, self.power = decay, warmup, every, power
         self._average: list[Tensor] = []
         self._loaded: dict[str, Tensor] | None = None
         self._updates = 0
@@ -45,10 +58,18 @@ class EMA(Callback):
         if trainer.global_step == self._updates:
             return  # in the middle of an accumulation
         self._updates = n = trainer.global_step
-        decay = min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
+        if (n - 1) % self.every:
+            return
         parameters = [parameter.data for parameter in pl_module.parameters()]
         with torch.no_grad():
-            get_ema_multi_avg_fn(decay)(self._average, parameters, n)
+            get_ema_multi_avg_fn(self.decay_at(n))(self._average, parameters, n)
+
+    def decay_at(self, n: int) -> float:
+        """The decay of the update after optimizer step n, the first being 1."""
+        if self.power is not None:
+            copies = n - 1 <= 100 + self.every
+            return 0.0 if copies else min(self.decay, 1 - (n - 100) ** -self.power)
+        return min(self.decay, (1 + n) / (10 + n)) if self.warmup else self.decay
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._exchange(pl_module)
@@ -79,4 +100,5 @@ class EMA(Callback):
         self._updates = checkpoint["global_step"]
 
     def _identity(self) -> dict[str, Any]:
-        return {"decay": self.decay, "warmup": self.warmup}
+        names = ("decay", "warmup", "every", "power")
+        return {name: getattr(self, name) for name in names}

@@ -2,6 +2,8 @@
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,17 @@ from torch import Tensor
 
 from expertdiff.callbacks.checkpoint import ExactCheckpoint
 from expertdiff.data.images import Images
+from expertdiff.data.toys import Toy2D
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.evaluation.images import save_grid, to_uint8
+from expertdiff.evaluation.points import limits_of, save_scatters
+from expertdiff.experts.stacked import StackedDenoiser
 from expertdiff.files import write_text
 from expertdiff.loggers import JsonLines
 from expertdiff.methods.base import Method
+
+POINTS = 2000
+"""Points of the plane in a picture of them."""
 
 
 class LossByInterval(Callback):
@@ -57,7 +65,7 @@ class LossByInterval(Callback):
         steps = trainer.global_step - self._step
         if steps < trainer.log_every_n_steps and trainer.global_step < trainer.max_steps:
             return
-        sums, loss = self._sums.tolist(), float(self._loss) / self._batches
+        sums, loss = self._sums.tolist(), float(self._loss) / self._batches / len(pl_module.seeds)
         speed = steps / (time.monotonic() - self._began)
         values = {"train/loss": loss, "steps_per_second": speed} | _by_interval("train", sums)
         if not math.isfinite(loss):
@@ -115,10 +123,11 @@ def _log(trainer: Trainer, values: dict[str, float]) -> None:
 
 
 class DenoisingGrid(Callback):
-    """After each validation, pictures of what the averaged weights see.
+    """After each validation, a picture of what the averaged weights see.
 
-    Rows: validation images; columns: the image, then x_t and the predicted x0 at three points of
-    the job's own interval, cleanest first. One expert alone cannot sample, but it can show this.
+    Validation data, then x_t and the predicted x0 at three points of the job's own interval,
+    cleanest first: a row an image, or a scatter plot of 2,000 points for each of them. One expert
+    alone cannot sample, but it can show this.
 
     Args:
         images: how many.
@@ -129,25 +138,44 @@ class DenoisingGrid(Callback):
 
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: Method) -> None:
-        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if not (fitting and trainer.is_global_zero and isinstance(trainer.datamodule, Images)):
+        data = trainer.datamodule
+        if not (drawing(trainer, pl_module) and isinstance(data, (Images, Toy2D))):
             return
-        images, labels = trainer.datamodule.split("validation")
-        x0 = trainer.datamodule.scaled(images[: self.images].to(pl_module.device))
-        y = labels[: self.images].to(pl_module.device)
+        items, labels = data.split("validation")
+        n = self.images if isinstance(data, Images) else POINTS
+        x0 = data.scaled(items[:n].to(pl_module.device))
+        y = labels[:n].to(pl_module.device)
         eps = SampleNoise(0, range(len(x0)), x0.shape[1:], x0.device)(0)
-        columns = [x0]
+        columns, titles = [x0], ["data"]
         for fraction in (0.0, 0.5, 0.999):
             u = torch.full((len(x0),), fraction, dtype=torch.float64, device=x0.device)
             t = pl_module.process.times(u, pl_module.interval)
             x_t = pl_module.process.add_noise(x0, eps, t)
             columns += [x_t, pl_module.predict_x0(x_t, t, y)]
-        tiles = to_uint8(torch.stack(columns, dim=1).flatten(0, 1)).cpu()
-        path = Path(trainer.default_root_dir) / "grids" / f"step-{trainer.global_step:08d}.png"
-        save_grid(tiles, path, columns=len(columns))
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("denoising", [str(path)], step=trainer.global_step)
+            titles += [f"noised, t = {t[0]:g}", "predicted data"]
+        with picture_of_step(trainer, "grids", "denoising") as path:
+            if isinstance(data, Images):
+                tiles = to_uint8(torch.stack(columns, dim=1).flatten(0, 1)).cpu()
+                save_grid(tiles, path, columns=len(columns))
+            else:
+                save_scatters(columns, titles, path, limits_of(torch.cat([x0, *columns[1::2]])))
+
+
+def drawing(trainer: Trainer, method: Method) -> bool:
+    """Whether a picture is due: while fitting, of one network alone, and by one process."""
+    fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+    alone = not isinstance(method.denoiser, StackedDenoiser)
+    return fitting and alone and trainer.is_global_zero
+
+
+@contextmanager
+def picture_of_step(trainer: Trainer, folder: str, key: str) -> Iterator[Path]:
+    """Where in a folder of the run to put this step's PNG; W&B then gets it, too, as `key`."""
+    path = Path(trainer.default_root_dir) / folder / f"step-{trainer.global_step:08d}.png"
+    yield path
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [str(path)], step=trainer.global_step)
 
 
 class ResolvedConfig(SaveConfigCallback):

@@ -1,7 +1,43 @@
 """Data sets; importing them here lets the command line find each by its bare class name."""
 
 from expertdiff.data.base import Batch, Data
+from expertdiff.data.densities import (
+    Checkerboard,
+    Circle,
+    Density,
+    Dino,
+    Gaussians,
+    Line,
+    Moons,
+    Picture,
+    Pinwheel,
+    PointsFile,
+    Rings,
+    Spirals,
+)
 from expertdiff.data.folder import ImageFolder
 from expertdiff.data.images import CIFAR10, Digits, FashionMNIST, Images
+from expertdiff.data.toys import Toy2D
 
-__all__ = ["CIFAR10", "Batch", "Data", "Digits", "FashionMNIST", "ImageFolder", "Images"]
+__all__ = [
+    "CIFAR10",
+    "Batch",
+    "Checkerboard",
+    "Circle",
+    "Data",
+    "Density",
+    "Digits",
+    "Dino",
+    "FashionMNIST",
+    "Gaussians",
+    "ImageFolder",
+    "Images",
+    "Line",
+    "Moons",
+    "Picture",
+    "Pinwheel",
+    "PointsFile",
+    "Rings",
+    "Spirals",
+    "Toy2D",
+]

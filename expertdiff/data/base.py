@@ -129,14 +129,17 @@ class Data(Described, LightningDataModule, ABC):
 
     def train_dataloader(self) -> Iterable[Draw]:
         trainer = self.trainer
-        return Shuffled(
-            n=len(self.split("train")[0]),
-            batch_size=self.batch_size,
-            seed=trainer.lightning_module.seed,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
-            flip=self.flip,
-            start=lambda: trainer.global_step * trainer.accumulate_grad_batches,
+        return Stacked(
+            Shuffled(
+                n=len(self.split("train")[0]),
+                batch_size=self.batch_size,
+                seed=seed,
+                rank=trainer.global_rank,
+                world_size=trainer.world_size,
+                flip=self.flip,
+                start=lambda: trainer.global_step * trainer.accumulate_grad_batches,
+            )
+            for seed in trainer.lightning_module.seeds
         )
 
     def val_dataloader(self) -> Iterable[Draw]:
@@ -198,6 +201,8 @@ class Shuffled:
     ) -> None:
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world_size, self.flip, self.start = rank, world_size, flip, start
+        # A batch may need two epochs; each of several orders side by side keeps its own.
+        self._order = lru_cache(maxsize=2)(lambda epoch: permutation(n, seed, "data", epoch))
 
     def __iter__(self) -> Iterator[Draw]:
         return (Draw(self._index(m), self._flips(m)) for m in count(self.start()))
@@ -208,7 +213,7 @@ class Shuffled:
         index = np.empty_like(place)
         for e in range(epoch[0], epoch[-1] + 1):  # a batch may cross the border of an epoch
             now = epoch == e
-            index[now] = permutation(self.n, self.seed, "data", e)[place[now]]
+            index[now] = self._order(e)[place[now]]
         return torch.from_numpy(index)
 
     def _flips(self, m: int) -> Tensor:
@@ -218,6 +223,16 @@ class Shuffled:
             self.batch_size
         )
         return torch.from_numpy(bits % 2 == 1)
+
+
+class Stacked:
+    """The batches of several orders as one, one after another: iterates over `Draw`."""
+
+    def __init__(self, orders: Iterable[Shuffled]) -> None:
+        self.orders = list(orders)
+
+    def __iter__(self) -> Iterator[Draw]:
+        return (Draw(*map(torch.cat, zip(*draws))) for draws in zip(*self.orders))
 
 
 class Batches:
@@ -244,13 +259,10 @@ def in_order(n: int, batch_size: int, rank: int, world_size: int) -> list[Draw]:
     return [Draw(index, torch.zeros_like(index, dtype=torch.bool)) for index in own if len(index)]
 
 
-@lru_cache(maxsize=2)
 def permutation(n: int, *key: int | str) -> np.ndarray:
     """The order [n], int64, of a key.
 
     Sorts Philox's raw numbers: numpy keeps their stream for ever, that of its own `permutation`
     it may change with any version.
     """
-    order = np.random.Philox(seed_of(*key)).random_raw(n).argsort(kind="stable")
-    order.flags.writeable = False  # it is shared
-    return order
+    return np.random.Philox(seed_of(*key)).random_raw(n).argsort(kind="stable")

@@ -119,9 +119,17 @@ class NetworkDenoiser(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         t = t.to(x_t.device, non_blocking=True)
-        output = self.network(x_t, t, y).float()
+        output = self.output(x_t, t, y).float()
         variance = None
         if output.shape[1] == 2 * x_t.shape[1]:
             output, variance = output.chunk(2, dim=1)
         alpha, sigma = (expand(c, x_t) for c in self.process.alpha_sigma(t))
         return Prediction(*self.prediction.x0_eps(output, x_t, alpha, sigma), variance)
+
+    def output(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """What the network says, in its own precision."""
+        return self.network(x_t, t, y)
+
+    def clip_gradients(self, most: float) -> None:
+        """Scales the gradient to a norm of at most `most`."""
+        nn.utils.clip_grad_norm_(self.network.parameters(), most)

@@ -1,6 +1,8 @@
 """What images are compared by: named features, and the honest name of a distance on them."""
 
+import hashlib
 import io
+import os
 import textwrap
 from abc import ABC, abstractmethod
 from functools import cached_property
@@ -10,32 +12,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from tqdm import tqdm
 
-from expertdiff.describe import Described
+from expertdiff.evaluation.frechet import Statistics, cached_statistics, frechet_distance
 from expertdiff.evaluation.images import check_images
+from expertdiff.evaluation.judge import Judge
 from expertdiff.files import sha256_of
 
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expertdiff"
+"""Where statistics of real images are kept."""
 
-class FeatureExtractor(Described, nn.Module, ABC):
-    """Maps uint8 images [B,C,H,W], C 1 or 3, to features [B,D], float32, on the images' device.
+
+class FeatureExtractor(Judge, ABC):
+    """The Frechet distance on features [B,D] of uint8 images [B,C,H,W], C 1 or 3.
 
     Attributes:
         metric: the name under which a Frechet distance on these features may be published.
     """
-
-    metric: str
-
-    # A signature of its own: `describe` would write down nn.Module's *args and **kwargs.
-    def __init__(self) -> None:
-        super().__init__()
-
-    @property
-    @abstractmethod
-    def identity(self) -> str:
-        """What must be equal for two numbers to be comparable; part of every result and cache.
-
-        Loads and checks whatever the extractor needs: ask before hours of sampling, not after.
-        """
 
     @abstractmethod
     def extract(self, images: Tensor) -> Tensor:
@@ -55,6 +48,28 @@ class FeatureExtractor(Described, nn.Module, ABC):
             torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
         ):
             return self.extract(images)
+
+    def summary(self, features: Tensor) -> Statistics:
+        return Statistics.of(features)
+
+    def real(self, items: Tensor, device: torch.device) -> Statistics:
+        """Of real images, kept on disk: they are the same in every test."""
+
+        def compute() -> Statistics:
+            batches = tqdm(items.split(100), desc="reference features", leave=False)
+            return self.summary(torch.cat([self(batch.to(device)).cpu() for batch in batches]))
+
+        return cached_statistics(
+            CACHE,
+            compute,
+            data_digest=hashlib.sha256(items.numpy().tobytes()).hexdigest(),
+            count=len(items),
+            resolution=items.shape[-1],
+            extractor=self.identity,
+        )
+
+    def distances(self, samples: Statistics, reference: Statistics) -> dict[str, float]:
+        return {self.metric: frechet_distance(samples, reference)}
 
 
 class Pixels(FeatureExtractor):

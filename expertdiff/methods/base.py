@@ -1,25 +1,33 @@
 """The one training step of every method."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from expertdiff.checkpoints import IDENTITY, same_run
 from expertdiff.data.base import Batch
-from expertdiff.describe import describe
-from expertdiff.diffusion.denoiser import NetworkDenoiser, PredictionType
+from expertdiff.describe import build, describe
+from expertdiff.diffusion.denoiser import NetworkDenoiser, Prediction, PredictionType
+from expertdiff.diffusion.exact import terminal_mismatch
 from expertdiff.diffusion.objective import Losses, losses
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.diffusion.timesteps import TimestepSampler
 from expertdiff.diffusion.weighting import LossWeighting
+from expertdiff.experts.stacked import StackedDenoiser
 from expertdiff.networks.network import Network
-from expertdiff.seeds import generator, seed_of
+from expertdiff.seeds import generator, reseed, seed_of
+
+MISMATCH = 0.01
+"""Bits at the noisy end of the chain from which on a user is warned."""
 
 GOLDEN = 0.6180339887498949
 """Multiples of it modulo 1 spread evenly, however many are taken."""
@@ -30,17 +38,21 @@ class Method(LightningModule):
 
     Every random number of a step is a function of (seed, expert, rank, micro-batch), so that a
     resumed run goes on with the same bits, and nothing that validates or samples disturbs it.
+    Several seeds may be trained side by side as one program, each with the numbers that it would
+    have alone: small networks leave a device idle, and share the cost of the loop.
 
     Args:
-        network: what is trained.
+        network: what is trained, from first weights that the seed decides, not from those it has.
         process: the noise process.
         prediction: what the network's output means.
         timesteps: which t a batch draws.
         weighting: how much the loss at each t counts.
         partition: the intervals; a single network reports its losses by them.
         optimizer: of the network's parameters.
-        lr_scheduler: stepped once an optimizer step; ``None`` keeps the learning rate.
+        lr_scheduler: stepped once an optimizer step; ``None`` keeps the learning rate, and a
+            CosineAnnealingLR with ``T_max`` 0 ends with the run, however long that is.
         seed: of this training run; the command line sets it to ``seed_everything``.
+        seeds: train one network for each of these side by side, instead of one for `seed`.
     """
 
     def __init__(
@@ -54,11 +66,19 @@ class Method(LightningModule):
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.denoiser = NetworkDenoiser(network, process, prediction)
         self.timesteps, self.weighting, self.partition = timesteps, weighting, partition
-        self.optimizer, self.lr_scheduler, self.seed = optimizer, lr_scheduler, seed
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.seeds = [seed] if seeds is None else list(seeds)
+        if len(set(self.seeds)) < max(1, len(self.seeds)):
+            raise ValueError(f"seeds {self.seeds} name no run, or one twice: give different ones")
+        networks = [_initialised(network, s, self.job) for s in self.seeds]
+        if seeds is None:
+            self.denoiser = NetworkDenoiser(*networks, process, prediction)
+        else:
+            self.denoiser = StackedDenoiser(networks, process, prediction)
 
     @property
     def network(self) -> Network:
@@ -82,6 +102,8 @@ class Method(LightningModule):
 
     def setup(self, stage: str) -> None:
         self._fit_together()
+        if stage == "fit":
+            self._warn_of_the_end()
         if self.trainer.strategy.root_device.type == "cuda":
             # What tensor cores want; on a CPU it gains nothing in training.
             self.network.to(memory_format=torch.channels_last)
@@ -95,11 +117,11 @@ class Method(LightningModule):
                 f"the network has num_classes {classes}, {type(data).__name__} has "
                 f"{data.num_classes}: give it as many, or null for an unconditional model"
             )
-        device = next(self.network.parameters()).device
-        x, t = torch.zeros(1, *data.shape, device=device), torch.zeros(1, device=device).long()
+        n, device = len(self.seeds), next(self.network.parameters()).device
+        x, t = torch.zeros(n, *data.shape, device=device), torch.zeros(n, device=device).long()
         y = t if classes is not None else None
         try:
-            shape = tuple(self.network(x, t, y).shape[1:])
+            shape = tuple(self.denoiser.output(x, t, y).shape[1:])
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -108,27 +130,70 @@ class Method(LightningModule):
         if shape not in (data.shape, (2 * data.shape[0], *data.shape[1:])):
             raise ValueError(f"the network makes {shape} of data of shape {data.shape}")
 
+    def _warn_of_the_end(self) -> None:
+        """Says when the chain ends elsewhere than sampling starts; of low-dimensional data only."""
+        data = self.trainer.datamodule
+        if len(data.shape) > 1 or self.interval.hi < 1:
+            return
+        bits = terminal_mismatch(self.process, data.scaled(data.split("train")[0]))
+        if bits > MISMATCH:
+            rank_zero_warn(
+                f"at its noisiest step the chain is {bits:.2g} bits from the normal distribution "
+                "that sampling starts from, an error no network can mend: use a schedule that "
+                "goes further, as QuadraticBetas with last 0.2"
+            )
+
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.network.parameters())
-        if self.lr_scheduler is None:
+        if (scheduler := self._scheduler(optimizer)) is None:
             return optimizer
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
+        scheduler = self.lr_scheduler and self.lr_scheduler(optimizer)
+        if isinstance(scheduler, CosineAnnealingLR) and scheduler.T_max == 0:
+            scheduler.T_max = self.trainer.max_steps
+        return scheduler
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if not gradient_clip_val or self.trainer.precision == "16-mixed":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:  # Lightning refuses a fused optimizer, although only float16 has scaled gradients
+            self.denoiser.clip_gradients(gradient_clip_val)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The loss of a batch; all its randomness is keyed by the micro-batch of the whole run."""
         accumulate = self.trainer.accumulate_grad_batches
         micro_batch = self.trainer.global_step * accumulate + batch_idx % accumulate
         key = (self.job, self.global_rank, micro_batch)
-        torch.manual_seed(seed_of(self.seed, "network", *key))  # dropout
-        noise = generator(self.device, self.seed, "noise", *key)
-        x0 = batch.x0
-        t, importance = self.timesteps.sample(len(x0), self.interval, noise, self.process)
-        eps = torch.randn(x0.shape, generator=noise, device=x0.device)
-        mse, vb = self._losses(batch, t, eps)
+        reseed(self.device, self.seeds[0], "network", *key)  # dropout
+        draws = [
+            self._draw(x0, generator(self.device, seed, "noise", *key))
+            for seed, x0 in zip(self.seeds, batch.x0.chunk(len(self.seeds)))
+        ]
+        t, importance, eps = (torch.cat(parts) for parts in zip(*draws))
+        (mse, vb), prediction = self._losses(batch, t, eps)
         weight = self.weighting(self.process, t, self.denoiser.prediction).to(mse.dtype)
-        loss = (importance * (weight * mse + vb)).mean()
+        loss = (importance * (weight * mse + vb)).unflatten(0, (len(self.seeds), -1)).mean(1)
+        loss = (loss + self.regularised(prediction)).sum()
         return {"loss": loss, "mse": mse.detach(), "vb": vb.detach(), "t": t}
+
+    def _draw(self, x0: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """t [B], importance [B] and eps [B, ...] for the items of one seed."""
+        t, importance = self.timesteps.sample(len(x0), self.interval, noise, self.process)
+        return t, importance, torch.randn(x0.shape, generator=noise, device=x0.device)
+
+    def regularised(self, prediction: Prediction) -> Tensor | float:
+        """What a method adds to the loss of each seed, [S]."""
+        return 0.0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[int, tuple[Tensor, Tensor]]:
         """mse [B] and vb [B] by interval, at a fixed t and eps for each (image, interval).
@@ -136,23 +201,25 @@ class Method(LightningModule):
         The same for every method, seed and step, so that a single network and an expert of the
         same interval are compared on the same noise.
         """
-        index = batch.index.tolist()
-        eps = SampleNoise(0, index, batch.x0.shape[1:], self.device)(0)
+        batch = Batch(*(part.repeat(len(self.seeds), *[1] * (part.ndim - 1)) for part in batch))
+        eps = SampleNoise(0, batch.index.tolist(), batch.x0.shape[1:], self.device)(0)
         u = ((batch.index + 0.5) * GOLDEN).double() % 1
         result = {}
         for i, interval in enumerate(self.partition.intervals()):
             if self.interval.contains(interval):
-                result[i] = tuple(self._losses(batch, self.process.times(u, interval), eps))
+                t = self.process.times(u, interval)
+                result[i] = tuple(self._losses(batch, t, eps)[0])
         return result
 
     def predict_x0(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The predicted data [B, ...] at x_t."""
         return self.denoiser(x_t, t, self._labels(y)).x0
 
-    def _losses(self, batch: Batch, t: Tensor, eps: Tensor) -> Losses:
+    def _losses(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Losses, Prediction]:
         x_t = self.process.add_noise(batch.x0, eps, t)
         prediction = self.denoiser(x_t, t, self._labels(batch.y))
-        return losses(prediction, self.denoiser.prediction, self.process, batch.x0, eps, t)
+        kind = self.denoiser.prediction
+        return losses(prediction, kind, self.process, batch.x0, eps, t), prediction
 
     def _labels(self, y: Tensor) -> Tensor | None:
         return y if self.network.num_classes is not None else None
@@ -167,7 +234,7 @@ class Method(LightningModule):
     def run_identity(self) -> dict[str, Any]:
         """Whatever changes the bits of a run, except how long it goes on."""
         optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(()))])
-        scheduler = self.lr_scheduler and self.lr_scheduler(optimizer)
+        scheduler = self._scheduler(optimizer)
         return self.identity() | {
             "data": self.trainer.datamodule.identity(),
             "batch_size": self.trainer.datamodule.batch_size,
@@ -193,8 +260,16 @@ class Method(LightningModule):
             "network": describe(self.network),
             "timesteps": describe(self.timesteps),
             "weighting": describe(self.weighting),
-            "seed": self.seed,
+            "seeds": self.seeds,
+            "stacked": isinstance(self.denoiser, StackedDenoiser),
         }
+
+
+def _initialised(network: Network, seed: int, job: str) -> Network:
+    """A new network like this one, with the first weights that `seed` gives this job."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed_of(seed, "init", job))
+        return build(describe(network), Network)
 
 
 def _plain(value: Any) -> Any:

@@ -18,9 +18,9 @@ class MDM(Method):
     """
 
     def __init__(self, expert: int = 0, **kwargs: Any) -> None:
+        self.expert = expert  # before the first weights are drawn, which depend on it
         super().__init__(**kwargs)
         self.partition.interval(expert)  # raises early
-        self.expert = expert
 
     @property
     def interval(self) -> Interval:

@@ -1,35 +1,28 @@
 """A finished bundle under Lightning: `test` measures it, `predict` draws from it."""
 
-import hashlib
 import math
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
-from tqdm import tqdm
 
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Batches
 from expertdiff.describe import describe
 from expertdiff.diffusion.samplers import SampleNoise, Sampler
-from expertdiff.evaluation.features import FeatureExtractor
-from expertdiff.evaluation.frechet import Statistics, cached_statistics, frechet_distance
-from expertdiff.evaluation.images import save_grid, to_uint8
+from expertdiff.evaluation import points
+from expertdiff.evaluation.judge import Judge
+from expertdiff.evaluation.kinds import kind
 from expertdiff.files import sha256_of, write_json
 from expertdiff.loggers import JsonLines
 from expertdiff.methods.base import device_name
 from expertdiff.seeds import generator
-
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "expertdiff"
-"""Where statistics of real images are kept."""
-GRID = 64
-"""Images in the picture beside the numbers."""
 
 
 @dataclass
@@ -37,22 +30,22 @@ class Evaluation:
     """How a bundle is judged.
 
     Args:
-        sampler: how images are drawn.
-        features: what the Frechet distance is taken on.
-        samples: images a sampling seed.
-        seeds: sampling seeds; the distance is given as mean and spread over them.
-        batch_size: images drawn at a time, on each device.
+        sampler: how samples are drawn.
+        judge: what they are compared with real ones by; only drawing does without.
+        samples: how many, for each sampling seed.
+        seeds: sampling seeds; a distance is given as mean and spread over them.
+        batch_size: samples drawn at a time, on each device.
     """
 
     sampler: Sampler
-    features: FeatureExtractor
+    judge: Judge | None = None
     samples: int = 10_000
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 500
 
 
 class Stitched(LightningModule):
-    """Tests a bundle against the data's reference images, or draws from it.
+    """Tests a bundle against the data's reference items, or draws from it.
 
     Args:
         bundle: the bundle's folder.
@@ -69,6 +62,12 @@ class Stitched(LightningModule):
                     f"{name} {getattr(evaluation, name)} draws nothing: give 1 or more"
                 )
         self.bundle = Bundle.load(bundle)
+        self.kind = kind(self.bundle.shape)
+        if evaluation.sampler.clip and self.kind is points:
+            raise ValueError(
+                f"{bundle} draws points, and the sampler clips them to [-1, 1] as it does images: "
+                "set clip to false"
+            )
         self.denoiser = self.bundle.denoiser
         self.evaluation = evaluation
         self.output = Path(output) if output else Path(bundle) / "test"
@@ -93,12 +92,14 @@ class Stitched(LightningModule):
         return torch.stack(draws).to(self.device)
 
     def draw(self, seed: int, index: Tensor) -> Tensor:
-        """The images (uint8 [B,C,H,W]) with these indices."""
+        """The samples with these indices, as the data set holds its items: uint8 for images."""
         noise = SampleNoise(seed, index.tolist(), self.bundle.shape, self.device)
         labels = self.labels(seed, index)
-        return to_uint8(self.evaluation.sampler(self.denoiser, noise, labels))
+        return self.kind.finished(self.evaluation.sampler(self.denoiser, noise, labels))
 
     def on_test_start(self) -> None:
+        if self._judge is None:
+            raise ValueError("the evaluation has no judge: name one, for example Pixels")
         data, ours = self.trainer.datamodule.identity(), self.bundle.manifest["shared"]["data"]
         for key in ("shape", "scale"):
             if data[key] != ours[key]:
@@ -109,61 +110,59 @@ class Stitched(LightningModule):
         for logger in self.trainer.loggers:
             if isinstance(logger, JsonLines):
                 logger.forget_after(-1)  # of an earlier test into the same folder
-        self._extractor.to(self.device)
-        # Checks the extractor's weights before hours of sampling, not after.
-        self._references = self._reference_statistics()
+        self._judge.to(self.device)
+        # Checks the judge's weights before hours of sampling, not after.
+        self._real = self._summaries()
         self._features: dict[int, list[Tensor]] = {seed: [] for seed in self.evaluation.seeds}
         self._first: list[Tensor] = []
         self._began, self._drawn = time.monotonic(), 0
 
     @property
-    def _extractor(self) -> FeatureExtractor:
+    def _judge(self) -> Judge:
         # Held by the evaluation, so it is no submodule: it is no part of the model.
-        return self.evaluation.features
+        return self.evaluation.judge
 
     def test_step(self, batch: tuple[int, Tensor], batch_idx: int) -> None:
         seed, index = batch
-        images = self.draw(seed, index)
-        self._features[seed].append(self._extractor(images))
-        if seed == self.evaluation.seeds[0] and self._drawn < GRID:
-            self._first.append(images.cpu())
-        self._drawn += len(images) * self.trainer.world_size
+        samples = self.draw(seed, index)
+        self._features[seed].append(self._judge(samples))
+        if seed == self.evaluation.seeds[0] and self._drawn < self.kind.SHOWN:
+            self._first.append(samples.cpu())
+        self._drawn += len(samples) * self.trainer.world_size
         for logger in self.trainer.loggers:
-            logger.log_metrics({"images": self._drawn}, step=batch_idx + 1)
+            logger.log_metrics({"samples": self._drawn}, step=batch_idx + 1)
 
     def on_test_epoch_end(self) -> None:
         e, bundle = self.evaluation, self.bundle
-        generated = {
-            seed: Statistics.of(self._gathered(torch.cat(parts)))
-            for seed, parts in self._features.items()
-        }
-        values = [frechet_distance(generated[s], self._references["reference"]) for s in e.seeds]
-        spread = torch.tensor(values, dtype=torch.float64)
-        mean, std = spread.mean().item(), spread.std().item() if len(values) > 1 else None
-        self.log(self._extractor.metric, mean, rank_zero_only=True)
+        reference, metric = self._real["reference"], self._judge.metric
+        drawn = [self._judge.summary(self._gathered(torch.cat(self._features[s]))) for s in e.seeds]
+        distances = [self._judge.distances(summary, reference) for summary in drawn]
+        spreads = {name: _spread([d[name] for d in distances]) for name in distances[0]}
+        mean, std = spreads[metric]["mean"], spreads[metric]["std"]
+        self.log(metric, mean, rank_zero_only=True)
         if not self.trainer.is_global_zero:
             return
         experts = bundle.manifest["experts"]
         process = self.denoiser.process
         visited = torch.tensor(e.sampler.timesteps(process.T))
         owners = bundle.partition.index(process.progress(visited))
-        real = self._references
+        floors = self._judge.distances(self._real["fresh"], reference)
         result = {
             "name": self.output.name,
-            "metric": self._extractor.metric,
-            "values": values,
-            "mean": mean,
-            "std": std,
+            "metric": metric,
+            **spreads.pop(metric),
+            "further": spreads,
             "seeds": list(e.seeds),
             "samples": e.samples,
             "sampler": describe(e.sampler),
             "nfe": len(visited),
             "calls": owners.bincount(minlength=len(bundle.partition)).tolist(),
             "reference": self.trainer.datamodule.reference,
-            "reference_samples": real["reference"].count,
-            "floor": frechet_distance(real["train"], real["reference"]),
-            "floor_samples": real["train"].count,
-            "extractor": self._extractor.identity,
+            "reference_samples": self._counts["reference"],
+            "floor": floors.pop(metric),
+            "further_floors": floors,
+            "floor_samples": self._counts["fresh"],
+            "extractor": self._judge.identity,
             "precision": str(self.trainer.precision),
             "ema_decay": experts[0]["identity"]["ema"]["decay"],
             "data": type(self.trainer.datamodule).__name__,
@@ -174,22 +173,22 @@ class Stitched(LightningModule):
             "manifest_sha256": sha256_of(bundle.folder / "manifest.json"),
         }
         write_json(self.output / "metrics.json", result)
-        save_grid(torch.cat(self._first)[:GRID], self.output / "grid.png", columns=8)
+        self.kind.picture(torch.cat(self._first)[: self.kind.SHOWN], self.output / "grid.png")
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [str(self.output / "grid.png")])
         error = f" ± {std:.3f}" if std is not None else ""
         print(
-            f"{self._extractor.metric} {mean:.3f}{error} over sampling seeds {list(e.seeds)} "
+            f"{metric} {mean:.3f}{error} over sampling seeds {list(e.seeds)} "
             f"(n = {e.samples}, {len(visited)} steps of {type(e.sampler).__name__}, against "
-            f"{real['reference'].count} {self.trainer.datamodule.reference} images; real training "
-            f"images: {result['floor']:.3f})\nresults: {self.output / 'metrics.json'}"
+            f"{result['reference_samples']} {result['reference']} items; real ones of the other "
+            f"split: {result['floor']:.3f})\nresults: {self.output / 'metrics.json'}"
         )
 
     def predict_step(
         self, batch: tuple[int, Tensor], batch_idx: int
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(sample indices, uint8 images, labels if the model has classes)."""
+        """(sample indices, samples as `draw` gives them, labels if the model has classes)."""
         seed, index = batch
         return index, self.draw(seed, index).cpu(), self.labels(seed, index)
 
@@ -201,29 +200,26 @@ class Stitched(LightningModule):
         padded = F.pad(features, (0, 0, 0, most - len(features)))
         return self.all_gather(padded).transpose(0, 1).flatten(0, 1)[: self.evaluation.samples]
 
-    def _reference_statistics(self) -> dict[str, Statistics]:
-        """Of the reference images, and of as many training images as are drawn: the floor."""
+    def _summaries(self) -> dict[str, Any]:
+        """Of the reference, and of as many real items of the other split as are drawn: a floor."""
         data = self.trainer.datamodule
-        most = {"reference": None, "train": self.evaluation.samples}
+        other = "train" if data.reference == "validation" else "validation"
+        items = {
+            "reference": data.split("reference")[0],
+            "fresh": data.split(other)[0][: self.evaluation.samples],
+        }
+        self._counts = {name: len(part) for name, part in items.items()}
 
-        def statistics(name: str) -> Statistics:
-            images = data.split(name)[0][: most[name]]
-            digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-            return cached_statistics(
-                CACHE,
-                lambda: Statistics.of(self._all_features(images)),
-                data_digest=digest,
-                count=len(images),
-                resolution=images.shape[-1],
-                extractor=self._extractor.identity,
-            )
+        def summaries() -> dict[str, Any]:
+            return {name: self._judge.real(part, self.device) for name, part in items.items()}
 
-        # One rank computes what all need; the others read it from the cache.
-        if self.trainer.is_global_zero:
-            result = {name: statistics(name) for name in most}
+        # One rank computes what all need; the others may find it on disk.
+        mine = summaries() if self.trainer.is_global_zero else None
         self.trainer.strategy.barrier()
-        return result if self.trainer.is_global_zero else {name: statistics(name) for name in most}
+        return mine or summaries()
 
-    def _all_features(self, images: Tensor) -> Tensor:
-        batches = tqdm(images.split(100), desc="reference features", leave=False)
-        return torch.cat([self._extractor(batch.to(self.device)).cpu() for batch in batches])
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    spread = torch.tensor(values, dtype=torch.float64)
+    std = spread.std().item() if len(values) > 1 else None
+    return {"values": values, "mean": spread.mean().item(), "std": std}

@@ -27,7 +27,7 @@ WIDTH = 11
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     colours = dict.fromkeys(
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
     )
@@ -64,7 +64,7 @@ def chain_figure(
         ValueError: `iterations` or `calls` has not one number an expert.
     """
     rows = _rows(partition, process, {"iterations": iterations, "sampler calls": calls})
-    with _style():
+    with style():
         heights = [1.35, 1.35, 0.35 + 0.2 * len(rows)]
         figure = Figure(figsize=(WIDTH, sum(heights) + 0.9))
         figure.subplots_adjust(left=0.11, right=0.985, top=0.88, bottom=0.02, hspace=0.1)
@@ -158,7 +158,7 @@ def loss_figure(study: Study, loss: str, label: str) -> Figure | None:
         return None
     columns = min(n, 4)
     lines = -(-n // columns)
-    with _style():
+    with style():
         figure = Figure(figsize=(WIDTH, 2.5 * lines + 0.35), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False, sharex=True).flat
         for i, (axes, panel) in enumerate(zip(panels, curves)):
@@ -217,7 +217,7 @@ def _few_ticks(axes: Axes) -> None:
 def svg(figure: Figure) -> str:
     """The figure as the ``<svg>`` of a page: in the page's text colour, without a background."""
     file = io.StringIO()
-    with _style():
+    with style():
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     text = file.getvalue()

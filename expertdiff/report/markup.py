@@ -12,9 +12,12 @@ class Markup(str):
 
 def tag(name: str, *children: str, **attributes: str) -> Markup:
     """An element; `children` that are no `Markup` are escaped. ``class_`` is ``class``."""
+    return Markup(f"<{name}{_written(attributes)}>{joined(children)}</{name}>")
+
+
+def _written(attributes: dict[str, str]) -> str:
     names = [key.rstrip("_").replace("_", "-") for key in attributes]
-    start = "".join(f' {key}="{escape(value)}"' for key, value in zip(names, attributes.values()))
-    return Markup(f"<{name}{start}>{joined(children)}</{name}>")
+    return "".join(f' {key}="{escape(value)}"' for key, value in zip(names, attributes.values()))
 
 
 def joined(children: Iterable[str]) -> Markup:
@@ -32,9 +35,14 @@ def table(header: list[str], rows: list[list[str]]) -> Markup:
     return tag("div", tag("table", tag("thead", head), tag("tbody", *body)), class_="table")
 
 
-def png(path: Path, width: int, alternative: str) -> Markup:
-    """The picture itself, inside the page, `width` CSS pixels wide."""
-    data = b64encode(path.read_bytes()).decode()
-    return Markup(
-        f'<img src="data:image/png;base64,{data}" width="{width}" alt="{escape(alternative)}">'
-    )
+def picture(path: Path, alternative: str, **attributes: str) -> Markup:
+    """A PNG or GIF itself, inside the page; attributes as of `tag`."""
+    data, kind = b64encode(path.read_bytes()).decode(), path.suffix.removeprefix(".")
+    attributes = {"src": f"data:image/{kind};base64,{data}", "alt": alternative, **attributes}
+    return Markup(f"<img{_written(attributes)}>")
+
+
+def section(title: str, *children: str, note: str = "") -> Markup:
+    """A part of the page under its heading, with a note below."""
+    notes = [tag("p", note, class_="note")] if note else []
+    return tag("section", tag("h2", title), *children, *notes)

@@ -33,23 +33,25 @@ def write_report(study: Path) -> Path:
 
 
 def _page(study: Study) -> str:
-    name = study.facts["name"]
-    body = joined(
-        [
-            tag("h1", name),
-            tag("p", verdict(study), class_="verdict"),
-            sections.missing(study),
-            sections.chain(study),
-            sections.distances(study),
-            sections.costs(study),
-            sections.losses(study),
-            sections.grids(study),
-            sections.measurements(study),
-            sections.jobs(study),
-            _versions(),
-        ]
+    return page(
+        study.facts["name"],
+        tag("p", verdict(study), class_="verdict"),
+        sections.missing(study),
+        sections.chain(study),
+        sections.distances(study),
+        sections.costs(study),
+        sections.losses(study),
+        sections.grids(study),
+        sections.measurements(study),
+        sections.jobs(study),
     )
-    return PAGE.format(title=tag("title", f"{name}: expertdiff report"), style=STYLE, body=body)
+
+
+def page(title: str, *body: str) -> str:
+    """A whole page that needs no network: its heading, `body`, and the versions that made it."""
+    content = joined([tag("h1", title), *body, _versions()])
+    name = tag("title", f"{title}: expertdiff report")
+    return PAGE.format(title=name, style=STYLE, body=content)
 
 
 def _versions() -> Markup:
@@ -91,6 +93,9 @@ h1 { font-size: 28px; margin: 0 0 8px; overflow-wrap: anywhere; }
 h2 { font-size: 19px; margin: 40px 0 12px; }
 .verdict { font-size: 18px; padding: 14px 18px; margin: 0; background: var(--shade);
   border-left: 4px solid var(--soft); }
+.verdict p { margin: 0; }
+.verdict p:not(:first-child) { font-size: 15px; margin-top: 14px; }
+.verdict ul { font-size: 14px; margin: 4px 0 0; padding-left: 22px; }
 .missing { margin-top: 16px; padding: 10px 18px; background: var(--warn);
   border: 1px solid var(--line); }
 .missing p, .missing ul { margin: 0; }
@@ -100,6 +105,7 @@ figure { margin: 0 0 12px; break-inside: avoid; }
 figcaption { font-weight: 600; margin-bottom: 6px; }
 svg { width: 100%; height: auto; display: block; }
 img { image-rendering: pixelated; max-width: 100%; height: auto; display: block; }
+img.smooth { image-rendering: auto; }
 .grids { display: flex; flex-wrap: wrap; gap: 16px; }
 .table { overflow-x: auto; margin-bottom: 12px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
@@ -109,6 +115,11 @@ td { max-width: 52ch; overflow-wrap: break-word; }
 thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 600; white-space: nowrap; }
 tr { break-inside: avoid; }
+tr:has(.floor) { background: var(--shade); }
+.scores table { font-size: 12.5px; }
+.scores th, .scores td { padding: 4px; vertical-align: baseline; }
+.scores td, .scores thead th + th { text-align: right; }
+.scores small { display: block; font-size: 11px; color: var(--soft); white-space: nowrap; }
 th i { display: inline-block; width: 10px; height: 10px; margin-right: 7px; border-radius: 2px;
   print-color-adjust: exact; }
 @media print {

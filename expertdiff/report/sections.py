@@ -14,7 +14,7 @@ from expertdiff.report.figures import (
     loss_figure,
     svg,
 )
-from expertdiff.report.markup import Markup, joined, png, table, tag
+from expertdiff.report.markup import Markup, joined, picture, section, table, tag
 from expertdiff.report.study import BASELINE, STITCHED, Job, Result, Study
 from expertdiff.report.verdict import DEVIATIONS, cost, spread, state
 
@@ -22,15 +22,10 @@ COLOURS = {BASELINE: BASELINE_COLOUR, STITCHED: EXPERT_COLOUR}
 GRID_WIDTH = 558
 """CSS pixels of a sample grid: two side by side."""
 
-OUTCOMES = ("name", "values", "mean", "std", "floor")
+OUTCOMES = ("name", "values", "mean", "std", "floor", "further", "further_floors")
 """What a test found, as opposed to how."""
 
 SHA256 = re.compile(r"\b([0-9a-f]{12})[0-9a-f]{52}\b")
-
-
-def _section(title: str, *children: str, note: str = "") -> Markup:
-    notes = [tag("p", note, class_="note")] if note else []
-    return tag("section", tag("h2", title), *children, *notes)
 
 
 def missing(study: Study) -> Markup:
@@ -47,7 +42,7 @@ def chain(study: Study) -> Markup:
     # Not the baseline's calls: it has one network, which does not tell the intervals apart.
     calls = study.results[STITCHED].metrics["calls"] if STITCHED in study.results else None
     figure = chain_figure(study.partition, study.process, iterations, calls)
-    return _section(
+    return section(
         "The chain and its experts",
         tag("figure", Markup(svg(figure)), role="img", aria_label="noise schedule and intervals"),
         note="Each expert denoises the part of the chain above its column and is trained on that "
@@ -57,44 +52,57 @@ def chain(study: Study) -> Markup:
 
 
 def distances(study: Study) -> Markup:
-    rows = [
-        [
-            _method(result.name),
-            result.metrics["metric"],
-            spread(result),
-            ", ".join(f"{value:.4g}" for value in result.metrics["values"]),
-            f"{result.metrics['samples']:,}",
-            str(result.metrics["nfe"]),
-            *_measure(result),
-        ]
-        for result in study.results.values()
-    ]
+    rows = [row for result in study.results.values() for row in _distances(result)]
     if not rows:
-        return _section("Distance to the data", tag("p", "Nothing has been tested yet."))
-    for result in study.results.values():
-        if (floor := result.metrics["floor"]) is not None:
-            metric = result.metrics["metric"]
-            rows.append(
-                [_method("real training images"), metric, f"{floor:.4g}", "–"]
-                + [_plain(result.metrics.get("floor_samples")), "–", *_measure(result)]
-            )
-            break
+        return section("Distance to the data", tag("p", "Nothing has been tested yet."))
+    measured = next(iter(study.results.values()))
+    rows += _floors(measured)
     header = ["method", "metric", "distance", "by sampling seed", "samples", "nfe"]
-    return _section(
+    return section(
         "Distance to the data",
         table([*header, "reference", "extractor"], rows),
         note="Lower is better; mean ± standard deviation over the sampling seeds. The spread says "
         "nothing about other training seeds. All distances depend on the number of samples: "
         "compare rows of this table only. The verdict calls a difference real when it exceeds "
         f"{DEVIATIONS} standard deviations of the difference of two single-seed measurements. Real "
-        "training images, measured against the same reference, show how low a distance can be.",
+        "data of another split, measured against the same reference, show how low a distance can "
+        "be.",
     )
+
+
+def _distances(result: Result) -> list[list[str]]:
+    facts = result.metrics
+    further = facts.get("further", {})
+    return [
+        [
+            _method(result.name),
+            metric,
+            spread(values),
+            ", ".join(f"{value:.4g}" for value in values["values"]),
+            f"{facts['samples']:,}",
+            str(facts["nfe"]),
+            *_measure(result),
+        ]
+        for metric, values in ({facts["metric"]: facts} | further).items()
+    ]
+
+
+def _floors(result: Result) -> list[list[str]]:
+    facts = result.metrics
+    if facts["floor"] is None:
+        return []
+    floors = {facts["metric"]: facts["floor"]} | facts.get("further_floors", {})
+    count = _plain(facts.get("floor_samples"))
+    return [
+        ["real data of another split", metric, f"{floor:.4g}", "–", count, "–", *_measure(result)]
+        for metric, floor in floors.items()
+    ]
 
 
 def _measure(result: Result) -> list[str]:
     facts = result.metrics
     return [
-        f"{facts['reference']}, {facts['reference_samples']:,} images",
+        f"{facts['reference']}, {facts['reference_samples']:,} items",
         _plain(facts["extractor"]),
     ]
 
@@ -117,7 +125,7 @@ def costs(study: Study) -> Markup:
         for name, c in costs.items()
     ]
     header = ["method", "total iterations", "longest job", "NTC", "NWCT"]
-    return _section(
+    return section(
         "Training cost",
         table([*header, "wall clock of the slowest job", "device time of all jobs"], rows),
         note="NTC = 100 sum(I_e)/I_base and NWCT = 100 max(I_e)/I_base with the iterations I_e of "
@@ -141,8 +149,8 @@ def losses(study: Study) -> Markup:
         if figure
     ]
     if not drawn:
-        return _section("Losses by interval", tag("p", "No validation loss has been logged yet."))
-    return _section(
+        return section("Losses by interval", tag("p", "No validation loss has been logged yet."))
+    return section(
         "Losses by interval",
         *drawn,
         note="Of the averaged weights, on the same images, t and noise for baseline and expert, so "
@@ -156,17 +164,21 @@ def losses(study: Study) -> Markup:
 def grids(study: Study) -> Markup:
     grids = {name: result.grid for name, result in study.results.items() if result.grid}
     if not grids:
-        return _section("Samples", tag("p", "No samples have been drawn yet."))
+        return section("Samples", tag("p", "No samples have been drawn yet."))
     sizes = {}
     for name, path in grids.items():
         with Image.open(path) as image:
             sizes[name] = image.width
     zoom = max(1, GRID_WIDTH // max(sizes.values()))
     figures = [
-        tag("figure", tag("figcaption", _method(name)), png(path, zoom * sizes[name], name))
+        tag(
+            "figure",
+            tag("figcaption", _method(name)),
+            picture(path, name, width=str(zoom * sizes[name])),
+        )
         for name, path in grids.items()
     ]
-    return _section(
+    return section(
         "Samples",
         tag("div", *figures, class_="grids"),
         note=f"Enlarged {zoom} times on a screen, unsmoothed. The first samples of the first "
@@ -182,7 +194,7 @@ def measurements(study: Study) -> Markup:
     tests = [table(["test", *(_method(r.name) for r in results)], rows)] if results else []
     about = ("process", "partition", "data", "iterations", "seed")
     facts = [[key, _plain(study.facts[key])] for key in about]
-    return _section("How every number was made", *tests, table(["study", ""], facts))
+    return section("How every number was made", *tests, table(["study", ""], facts))
 
 
 def jobs(study: Study) -> Markup:
@@ -196,7 +208,7 @@ def jobs(study: Study) -> Markup:
         "tests/<bundle>/job.yaml: as above; `expertdiff test --config tests/<bundle>/job.yaml`",
         "tests/<bundle>/metrics.json, grid.png: distances and samples of a bundle",
     ]
-    return _section(
+    return section(
         "Jobs and files",
         table([*header, "weights (SHA-256)"], rows),
         tag("ul", *(tag("li", line) for line in files)),

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from expertdiff.describe import differences
 from expertdiff.report.study import BASELINE, STITCHED, Job, Result, Study
@@ -60,7 +61,12 @@ def verdict(study: Study) -> str:
     """One sentence: who is better, by how much, and whether the sampling seeds allow to say so."""
     experts, baseline = study.results.get(STITCHED), study.results.get(BASELINE)
     if experts is None and baseline is None:
-        return "No verdict yet: nothing has been tested."
+        alone = "; ".join(f"{r.name}: {_tested(r)}" for r in study.results.values())
+        return (
+            f"{alone}. One model, nothing to compare it with."
+            if alone
+            else ("No verdict yet: nothing has been tested.")
+        )
     if experts is None:
         return f"No verdict yet: the stitched experts are not tested; baseline {_tested(baseline)}."
     if baseline is None:
@@ -78,8 +84,8 @@ def verdict(study: Study) -> str:
             f"({'; '.join(unlike)})."
         )
     return (
-        f"Stitched experts: {experts.metrics['metric']} {spread(experts)}, "
-        f"baseline {spread(baseline)} {_budgets(experts, baseline)} ({_counts(experts)}): "
+        f"Stitched experts: {experts.metrics['metric']} {spread(experts.metrics)}, "
+        f"baseline {spread(baseline.metrics)} {_budgets(experts, baseline)} ({_counts(experts)}): "
         f"{_winner(experts, baseline)}."
     )
 
@@ -87,7 +93,8 @@ def verdict(study: Study) -> str:
 def _winner(experts: Result, baseline: Result) -> str:
     ours, theirs = experts.metrics, baseline.metrics
     gain = theirs["mean"] - ours["mean"]
-    percent = f"{100 * abs(gain) / theirs['mean']:.2g} %"
+    positive = min(theirs["mean"], ours["mean"]) > 0  # an estimate of KL need not be
+    percent = f"{100 * abs(gain) / theirs['mean']:.2g} %" if positive else f"{abs(gain):.2g}"
     better = f"{'the experts are' if gain > 0 else 'the baseline is'} better by {percent}"
     if len(ours["values"]) < 2:
         return f"{better} with this one seed, which cannot tell a difference from chance"
@@ -106,7 +113,7 @@ def _budgets(experts: Result, baseline: Result) -> str:
 
 
 def _tested(result: Result) -> str:
-    return f"{result.metrics['metric']} {spread(result)} ({_counts(result)})"
+    return f"{result.metrics['metric']} {spread(result.metrics)} ({_counts(result)})"
 
 
 def _counts(result: Result) -> str:
@@ -115,10 +122,10 @@ def _counts(result: Result) -> str:
     return f"n = {result.metrics['samples']:,} samples, {seeds} sampling seed{plural}"
 
 
-def spread(result: Result) -> str:
-    """``1.230 ± 0.020``: two digits of the spread; no spread with one seed."""
-    mean, std = result.metrics["mean"], result.metrics["std"]
-    if len(result.metrics["values"]) < 2 or not std:
+def spread(values: dict[str, Any]) -> str:
+    """``1.230 ± 0.020`` of `values`, `mean` and `std`: two digits of the spread; none of one."""
+    mean, std = values["mean"], values["std"]
+    if len(values["values"]) < 2 or not std:
         return f"{mean:.4g}"
     decimals = max(0, 1 - math.floor(math.log10(std)))
     return f"{mean:.{decimals}f} ± {std:.{decimals}f}"

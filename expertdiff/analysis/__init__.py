@@ -1,0 +1,1 @@
+"""What a trained model has learned, as numbers and pictures."""

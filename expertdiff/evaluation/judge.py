@@ -1,0 +1,47 @@
+"""The seam between drawn samples and the numbers that are told about them."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from expertdiff.describe import Described
+
+
+class Judge(Described, nn.Module, ABC):
+    """Compares drawn samples with real ones, given as their data set holds them.
+
+    Attributes:
+        metric: the name of the headline number, the first of `distances`; lower is better.
+    """
+
+    metric: str
+
+    # A signature of its own: `describe` would write down nn.Module's *args and **kwargs.
+    def __init__(self) -> None:
+        super().__init__()
+
+    @property
+    @abstractmethod
+    def identity(self) -> str:
+        """What must be equal for two numbers to be comparable; part of every result.
+
+        Loads and checks whatever the judge needs: ask before hours of sampling, not after.
+        """
+
+    @abstractmethod
+    def forward(self, samples: Tensor) -> Tensor:
+        """What is kept of samples [B, ...]: features [B, D], float32, on their device."""
+
+    @abstractmethod
+    def summary(self, features: Tensor) -> Any:
+        """What is compared, of the features [N, D] of a whole set."""
+
+    def real(self, items: Tensor, device: torch.device) -> Any:
+        """The summary of real items [N, ...], which lie on the CPU."""
+        return self.summary(self(items.to(device)))
+
+    @abstractmethod
+    def distances(self, samples: Any, reference: Any) -> dict[str, float]:
+        """Named numbers of one summary against another, the headline first."""

@@ -1,0 +1,87 @@
+"""The small residual network of the plane (DualDiff's expert)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from expertdiff.networks.network import Network
+
+
+class Embedding(nn.Module):
+    """sin and cos of x1, x2 and t at 64 frequencies each, from 1 down to 1e-4; no parameters.
+
+    Args:
+        scale: of x1 and x2; at 25 the shortest wave is 0.25 long, at 100 it is 0.06.
+        T: timesteps of the chain; t is stretched to [0, 100).
+    """
+
+    size = 3 * 128
+
+    def __init__(self, scale: float, T: int) -> None:
+        super().__init__()
+        self.scale, self.t_scale = scale, 100 / T
+        frequencies = torch.exp(-math.log(1e4) * torch.arange(64, dtype=torch.float64) / 63)
+        self.register_buffer("frequencies", frequencies.float(), persistent=False)
+
+    def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """[..., 384] of x_t [..., 2] and t [...]."""
+        v = torch.cat([self.scale * x_t, (self.t_scale * t).unsqueeze(-1)], dim=-1)
+        angle = v.unsqueeze(-1) * self.frequencies
+        return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2)
+
+
+class Residual(nn.Module):
+    """z + Linear(ReLU(z))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ff = nn.Linear(width, width)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.ff(z.relu())
+
+
+def body(width: int, depth: int, head: int | None) -> nn.Sequential:
+    """From the embedding to the prediction [..., 2]: `depth` residual layers, a head of one or two.
+
+    Args:
+        width: of the residual layers.
+        depth: how many.
+        head: width of a hidden layer in the head; ``None`` has none.
+    """
+    ends = [width, 2] if head is None else [width, head, 2]
+    layers: list[nn.Module] = [nn.Linear(Embedding.size, width)]
+    layers += [Residual(width) for _ in range(depth)]
+    for inputs, outputs in zip(ends, ends[1:]):
+        layers += [nn.ReLU(), nn.Linear(inputs, outputs)]
+    return nn.Sequential(*layers)
+
+
+class MLPDenoiser(Network):
+    """A residual network on points of the plane (The AI Scientist's 2-D diffusion template).
+
+    Leading dimensions are free: points may be [B, 2], or [S, B, 2] for S networks side by side.
+
+    Args:
+        width: of the residual layers.
+        depth: how many.
+        head: width of a hidden layer in the head; ``None`` has none.
+        scale: of x1 and x2 in the embedding.
+        T: timesteps of the chain.
+    """
+
+    def __init__(
+        self,
+        width: int = 256,
+        depth: int = 3,
+        head: int | None = None,
+        scale: float = 25.0,
+        T: int = 100,
+    ) -> None:
+        super().__init__()
+        self.embedding = Embedding(scale, T)
+        self.network = body(width, depth, head)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.network(self.embedding(x_t, t))

@@ -1,0 +1,1 @@
+"""Published tables, computed again: plan the cells, train what is missing, score, show."""

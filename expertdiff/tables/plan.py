@@ -1,0 +1,173 @@
+"""What a table consists of: a preset, read and laid out as cells to train."""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from expertdiff.data import densities
+from expertdiff.data.densities import Density
+from expertdiff.describe import VARIADIC, build
+from expertdiff.diffusion.process import NoiseProcess
+from expertdiff.diffusion.samplers import Sampler
+
+PRESETS = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one set under one schedule: a training of all seeds side by side.
+
+    Attributes:
+        set, schedule, model: names, as the table shows them.
+        folder: where it trains and is scored.
+        config: of ``expertdiff fit``.
+    """
+
+    set: str
+    schedule: str
+    model: str
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def process(self) -> NoiseProcess:
+        """The noise process."""
+        return build(self.config["model"]["init_args"]["process"], NoiseProcess)
+
+
+class Plan:
+    """The cells of a table, from a preset with some parts replaced.
+
+    A preset is a YAML file: `sets`, `seeds`, `schedules` (noise processes by name), `base` (a
+    configuration of ``fit``), `models` (what each lays over the base), `pairs` (a gated model and
+    its single network of equal size), `reference` (the split that samples are compared with) and
+    `sampler`.
+
+    Args:
+        preset: a name, or the path of an own file.
+        folder: of the table.
+        sets, models, schedules, seeds: what to take of it, or in its place; ``None`` is all.
+        steps: of training; ``None`` is the preset's.
+
+    Raises:
+        ValueError: no such preset, set, model or schedule, or no seed.
+    """
+
+    def __init__(
+        self,
+        preset: str,
+        folder: Path,
+        sets: Sequence[str] | None = None,
+        models: Sequence[str] | None = None,
+        schedules: Sequence[str] | None = None,
+        seeds: Sequence[int] | None = None,
+        steps: int | None = None,
+    ) -> None:
+        facts = _read(preset)
+        self.preset, self.folder = preset, folder
+        self.seeds = list(facts["seeds"] if seeds is None else seeds)
+        if not 1 <= len(set(self.seeds)) == len(self.seeds) <= 10:
+            raise ValueError(f"seeds {self.seeds} must be different, and one to ten")
+        self.sets = {name: density(name) for name in sets or facts["sets"]}
+        self.schedules = _taken("schedule", facts["schedules"], schedules)
+        self.models = _taken("model", facts["models"], models)
+        self.pairs: dict[str, str] = facts["pairs"]
+        self.reference: str = facts["reference"]
+        self.sampler = build(facts["sampler"], Sampler)
+        self.base = facts["base"]
+        if steps is not None:
+            self.base = laid_over(self.base, {"study": {"iterations": steps}})
+
+    @property
+    def steps(self) -> int:
+        """Of each training."""
+        return self.base["study"]["iterations"]
+
+    def cells(self) -> list[Cell]:
+        """Every model on every set under every schedule."""
+        return [
+            self._cell(set_, schedule, model)
+            for set_ in self.sets
+            for schedule in self.schedules
+            for model in self.models
+        ]
+
+    def _cell(self, set_: str, schedule: str, model: str) -> Cell:
+        process, folder = self.schedules[schedule], self.folder / set_ / schedule / model
+        arguments = {"process": process, "seeds": self.seeds}
+        # The embedding of t must know how long the chain is.
+        arguments["network"] = {"init_args": {"T": process["init_args"]["T"]}}
+        config = laid_over(self.base, self.models[model] or {})
+        config = laid_over(config, {"model": {"init_args": arguments}})
+        name = type(self.sets[set_]).__name__
+        config["data"]["init_args"]["density"] = {"class_path": name}
+        config["trainer"]["default_root_dir"] = str(folder)
+        return Cell(set_, schedule, model, folder, config)
+
+
+def density(name: str) -> Density:
+    """A generated set by its name, in whatever case.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    known = {
+        key.lower(): cls
+        for key, cls in vars(densities).items()
+        if isinstance(cls, type) and issubclass(cls, Density) and _needs_nothing(cls)
+    }
+    if name.lower() not in known:
+        raise ValueError(f"{name!r} is no set: choose from {', '.join(sorted(known))}")
+    return known[name.lower()]()
+
+
+def _needs_nothing(cls: type) -> bool:
+    # Of a class without a constructor, *args and **kwargs are all there is.
+    parameters = [p for p in inspect.signature(cls).parameters.values() if p.kind not in VARIADIC]
+    return not inspect.isabstract(cls) and all(p.default is not p.empty for p in parameters)
+
+
+def laid_over(under: Any, over: Any) -> Any:
+    """`over` where it says something, else `under`; another class drops the old one's arguments."""
+    both = isinstance(under, dict) and isinstance(over, dict)
+    if not both or over.get("class_path", under.get("class_path")) != under.get("class_path"):
+        return copy.deepcopy(over)
+    keys = [*under, *(key for key in over if key not in under)]
+    return {
+        key: laid_over(under[key], over[key])
+        if key in under and key in over
+        else copy.deepcopy(over.get(key, under.get(key)))
+        for key in keys
+    }
+
+
+def _taken(what: str, known: dict[str, Any], wanted: Sequence[str] | None) -> dict[str, Any]:
+    for name in wanted or ():
+        if name not in known:
+            raise ValueError(f"{name!r} is no {what} of the preset: choose from {', '.join(known)}")
+    return {name: known[name] for name in wanted or known}
+
+
+def _read(preset: str) -> dict[str, Any]:
+    path = PRESETS / f"{preset}.yaml"
+    if not path.is_file():
+        path = Path(preset)
+    if not path.is_file():
+        names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.yaml")))
+        raise ValueError(
+            f"{preset!r} is no preset and no file: choose from {names}, or give a file"
+        )
+    try:
+        facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        keys = "sets seeds schedules base models pairs reference sampler".split()
+        if absent := [key for key in keys if key not in facts]:
+            raise ValueError(f"it has no {', '.join(absent)}")
+    except (yaml.YAMLError, TypeError, UnicodeDecodeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a preset ({reason}): see paper.yaml") from error
+    return facts
