@@ -50,7 +50,7 @@ def describe(value: Any) -> Any:
 
 
 def build(description: dict[str, Any], base: type[T]) -> T:
-    """The object of a description made by `describe`; it must be a `base`.
+    """The object of a description as `describe` makes them; it must be a `base`.
 
     Raises:
         ValueError: the class cannot be imported, or is no subclass of `base` that can be described.
@@ -63,11 +63,12 @@ def build(description: dict[str, Any], base: type[T]) -> T:
         raise ValueError(f"cannot import {path}: install the package that defines it") from error
     if not (isinstance(cls, type) and issubclass(cls, base) and issubclass(cls, Described)):
         raise ValueError(f"{path} is not a {base.__name__}")
-    return cls(**{name: _built(value) for name, value in description["init_args"].items()})
+    arguments = description.get("init_args", {})
+    return cls(**{name: _built(value) for name, value in arguments.items()})
 
 
 def _built(value: Any) -> Any:
-    if isinstance(value, dict) and value.keys() == {"class_path", "init_args"}:
+    if isinstance(value, dict) and "class_path" in value:
         return build(value, Described)
     if isinstance(value, list):
         return [_built(item) for item in value]

@@ -46,7 +46,8 @@ class Plan:
     A preset is a YAML file: `sets`, `seeds`, `schedules` (noise processes by name), `base` (a
     configuration of ``fit``), `models` (what each lays over the base), `pairs` (a gated model and
     its single network of equal size), `reference` (the split that samples are compared with) and
-    `sampler`.
+    `sampler`. With `like` it says only where it differs from another preset; `base` is laid over
+    the other's.
 
     Args:
         preset: a name, or the path of an own file.
@@ -164,6 +165,9 @@ def _read(preset: str) -> dict[str, Any]:
         )
     try:
         facts = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if "like" in facts:
+            like = _read(facts.pop("like"))
+            facts = like | facts | {"base": laid_over(like["base"], facts.get("base", {}))}
         keys = "sets seeds schedules base models pairs reference sampler".split()
         if absent := [key for key in keys if key not in facts]:
             raise ValueError(f"it has no {', '.join(absent)}")
