@@ -4,6 +4,7 @@ import argparse
 import inspect
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -34,6 +35,7 @@ from expertdiff.callbacks.ema import EMA
 from expertdiff.callbacks.gates import GateMap
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
+from expertdiff.describe import Described
 from expertdiff.files import locked, read_json
 from expertdiff.launch import INTERRUPTED, launch
 from expertdiff.loggers import StudyLogger
@@ -47,8 +49,33 @@ class Parser(LightningArgumentParser):
     """Says what is wrong in one line, without the usage of a hundred options above it."""
 
     def error(self, message: str, ex: Exception | None = None) -> None:
+        key, value = UNKNOWN.search(message).groups() if UNKNOWN.search(message) else ("", "")
+        if names := classes_for(key.rpartition(".")[2]):
+            message = f"{value} is no {key}: choose from {', '.join(names)}, or name a class"
         sys.stderr.write(f"expertdiff: error: {' '.join(message.split())}\n")
         raise SystemExit(2)
+
+
+UNKNOWN = re.compile(r'Parser key "([^"]+)".*Expected a dot import path string: (\S+)', re.DOTALL)
+"""What jsonargparse says of a class that it does not find."""
+
+
+def classes_for(argument: str) -> list[str]:
+    """Bare names of the classes that the argument of this name takes in one of our classes."""
+    kinds = [{"model": Method, "data": Data}.get(argument)]
+    for owner in (Method, *_subclasses(Described)):
+        if parameter := inspect.signature(owner.__init__).parameters.get(argument):
+            kinds += [parameter.annotation, *get_args(parameter.annotation)]
+    for kind in kinds:
+        if isinstance(kind, type) and (issubclass(kind, Described) or kind is Method):
+            found = _subclasses(kind) | {kind}
+            return sorted(cls.__name__ for cls in found if not inspect.isabstract(cls))
+    return []
+
+
+def _subclasses(cls: type) -> set[type]:
+    direct = set(cls.__subclasses__())
+    return direct.union(*map(_subclasses, direct))
 
 
 class ExpertCLI(LightningCLI):

@@ -110,7 +110,9 @@ def test_several_seeds_are_no_study(tmp_path, capsys):
 def test_unknown_set_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *config("dualdiff"), f"--study.root={tmp_path}", "--data.density=Cat"])
-    assert stopped.value.code == 2 and "Cat" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "Cat is no density: choose from Checkerboard, Circle, Dino" in said
 
 
 PRESET = """

@@ -1,6 +1,6 @@
 """The one training step of every method."""
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +33,7 @@ GOLDEN = 0.6180339887498949
 """Multiples of it modulo 1 spread evenly, however many are taken."""
 
 
-class Method(LightningModule):
+class Method(LightningModule, ABC):
     """Trains one network on one interval of the chain.
 
     Every random number of a step is a function of (seed, expert, rank, micro-batch), so that a
