@@ -82,7 +82,7 @@ class Expert:
             for key, value in content[checkpoints.AVERAGED].items()
             if key.startswith(PREFIX)
         }
-        if identity["stacked"]:
+        if identity.get("stacked"):
             if seed not in identity["seeds"]:
                 raise ValueError(
                     f"{path} holds the seeds {identity['seeds']} side by side, not {seed}: "
@@ -123,7 +123,7 @@ class Bundle:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one sample, (C, H, W)."""
+        """Of one sample: (C, H, W) of an image, (2,) of a point."""
         return tuple(self.manifest["shared"]["data"]["shape"])
 
     @property

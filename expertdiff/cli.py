@@ -240,8 +240,6 @@ def launch_verb(args: Sequence[str]) -> None:
         help="jobs at a time (default: one a GPU, or one a CPU core)",
     )
     ours, rest = parser.parse_known_args(args)
-    if ours.parallel is not None and ours.parallel < 1:
-        raise ValueError(f"--parallel {ours.parallel} runs nothing: give 1 or more")
     configs = [part for path in ours.config for part in ("--config", path)]
     cli = ConfigOnly([*configs, *rest])
     config = cli.resolved()

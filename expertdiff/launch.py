@@ -260,8 +260,11 @@ def run(jobs: list[Job], parallel: int | None = None) -> None:
     each with a checkpoint.
 
     Raises:
+        ValueError: `parallel` is below 1.
         SystemExit: after all have ended, if any failed or was interrupted.
     """
+    if parallel is not None and parallel < 1:
+        raise ValueError(f"parallel {parallel} runs nothing: give 1 or more jobs at a time")
     if not jobs:
         return
     slots = _slots(len(jobs), parallel)

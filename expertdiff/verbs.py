@@ -60,12 +60,12 @@ def sample(
             (in the coordinates of the training file); by default ``<bundle>/samples``.
     """
     data = Bundle.load(bundle).manifest["shared"]["data"]
-    many = kind(data["shape"])
+    ours = kind(data["shape"])
     protocol = Evaluation(
-        sampler or many.sampler(),
-        samples=many.SHOWN if samples is None else samples,
+        sampler or ours.sampler(),
+        samples=ours.shown if samples is None else samples,
         seeds=(seed,),
-        batch_size=many.SHOWN if batch_size is None else batch_size,
+        batch_size=ours.shown if batch_size is None else batch_size,
     )
     output = Path(output or Path(bundle) / "samples")
     model = Stitched(Path(bundle), protocol, output)
@@ -77,9 +77,9 @@ def sample(
         enable_model_summary=False,
     )
     _, parts, labels = zip(*trainer.predict(model))
-    drawn = torch.cat(parts)
-    path = many.save(drawn, None if labels[0] is None else torch.cat(labels), output, data["scale"])
-    many.picture(drawn[: many.SHOWN], output / "samples.png")
+    drawn, labels = torch.cat(parts), None if labels[0] is None else torch.cat(labels)
+    path = ours.save(drawn, labels, output, data["scale"])
+    ours.picture(drawn[: ours.shown], output / "samples.png")
     print(f"{len(drawn)} samples: {output / 'samples.png'}, {path}")
 
 

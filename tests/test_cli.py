@@ -294,7 +294,7 @@ class TestCheckpoints:
 
 
 LAYERS = [
-    {"seeds", "describe", "files"},
+    {"seeds", "describe", "files", "look"},
     {"diffusion", "networks", "checkpoints"},
     {"experts", "data", "evaluation"},
     {"bundle", "loggers"},

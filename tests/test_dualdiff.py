@@ -196,7 +196,7 @@ class TestStack:
                 super().__init__(width=8, depth=1)
                 self.gain = nn.Parameter(torch.ones(()))
 
-        with pytest.raises(ValueError, match="Odd cannot be trained stacked: gain"):
+        with pytest.raises(ValueError, match="Odd cannot be trained stacked, because gain"):
             stack([Odd(), Odd()])
 
     def test_a_seed_in_a_stack_is_the_seed_alone(self, tmp_path):

@@ -86,11 +86,11 @@ def test_knn_kl_counts_the_duplicates_it_refuses():
     x[:4] = x[0]
     y[:3] = x[20]
     assert np.isfinite(knn_kl_divergence(x, y, k=4))
-    with pytest.raises(ValueError, match="4 of the 40 .* real ones and 1 among the samples"):
+    with pytest.raises(ValueError, match="4 of the 40 .* own set and 1 in the other"):
         knn_kl_divergence(x, y, k=3)
-    with pytest.raises(ValueError, match="3 of the 30 .* real ones and 0 among the samples"):
+    with pytest.raises(ValueError, match="3 of the 30 .* own set and 0 in the other"):
         knn_kl_divergence(y, x, k=2)
-    with pytest.raises(ValueError, match="0 of the 40 .* real ones and 1 among the samples"):
+    with pytest.raises(ValueError, match="0 of the 40 .* own set and 1 in the other"):
         knn_kl_divergence(normal(40), y, k=2)
 
 

@@ -17,9 +17,7 @@ from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.evaluation.points import Limits, limits_of
 from expertdiff.experts.gated import GatedExperts
-
-INK = "#1f2328"
-"""Of all text and lines."""
+from expertdiff.look import INK, style
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 """Of the experts, in turn: apart for every kind of colour vision."""
@@ -39,23 +37,9 @@ DOTS = 300
 TIMES = 25
 """Points of the chain at which the weights are drawn; odd, so that the middle is one."""
 
-LOOK = {
-    "font.size": 9,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    ),
-}
-
 
 @torch.no_grad()
-def gate_weights(
-    network: GatedExperts, process: NoiseProcess, x0: Tensor, t: Tensor, seed: int = 0
-) -> Tensor:
+def gate_weights(network: GatedExperts, process: NoiseProcess, x0: Tensor, t: Tensor) -> Tensor:
     """The gate's weights [K, n, N] at x_t, made of data x0 [n, 2] for each t [K].
 
     Each point has one noise, the same at every t.
@@ -65,24 +49,16 @@ def gate_weights(
         process: the noise process it was trained with.
         x0: [n, 2], on the network's device.
         t: points of the chain.
-        seed: of the noise.
     """
     # One by one: the embedding makes hundreds of numbers of a point.
-    return torch.stack([_gate(network, x_t, s) for s, x_t in _noised(process, x0, t, seed)])
+    return torch.stack([network.weights(x_t, s) for s, x_t in _noised(process, x0, t)])
 
 
-def _noised(
-    process: NoiseProcess, x0: Tensor, t: Tensor, seed: int = 0
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _noised(process: NoiseProcess, x0: Tensor, t: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Each t as [n], with its x_t [n, 2]."""
-    eps = SampleNoise(seed, range(len(x0)), x0.shape[1:], x0.device)(0)
+    eps = SampleNoise(0, range(len(x0)), x0.shape[1:], x0.device)(0)
     for times in t.to(x0.device)[:, None].expand(-1, len(x0)):
         yield times, process.add_noise(x0, eps, times)
-
-
-def _gate(network: GatedExperts, x_t: Tensor, t: Tensor) -> Tensor:
-    # Not `blended`: its experts would take most of the time.
-    return network.gate(network.gating_network(network.embedding(x_t, t)))
 
 
 def _times(process: NoiseProcess, n: int) -> Tensor:
@@ -126,7 +102,7 @@ def gate_figure(network: GatedExperts, process: NoiseProcess, x0: Tensor) -> Fig
     few = t[[0, TIMES // 2, -1]]
     weights = gate_weights(network, process, x0, t).cpu().numpy()
     n, frame = weights.shape[-1], limits_of(x0)
-    with matplotlib.rc_context(LOOK):
+    with style():
         figure = Figure(figsize=(11, 5.8), dpi=100, layout="constrained")
         upper, lower = figure.subfigures(2, height_ratios=[3.2, 2.2])
         spread, chain = upper.subplots(1, 2)
@@ -193,7 +169,7 @@ def _draw_map(axes: Axes, network: GatedExperts, t: Tensor, frame: Limits) -> No
     middles = (torch.arange(CELLS, device=t.device) + 0.5) / CELLS
     x, y = left + (right - left) * middles, bottom + (top - bottom) * middles
     grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1)
-    weights = _gate(network, grid, t.expand(CELLS, CELLS)).cpu().numpy()
+    weights = network.weights(grid, t.expand(CELLS, CELLS)).cpu().numpy()
     look = _scale(weights.shape[-1])
     image = dict(origin="lower", extent=(left, right, bottom, top), interpolation="nearest")
     axes.imshow(_shown(weights), cmap=look.cmap, norm=look.norm, **image)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from expertdiff.data.base import Data, Split
 from expertdiff.data.densities import Density
-from expertdiff.describe import describe
 
 
 class Toy2D(Data):
@@ -49,4 +48,4 @@ class Toy2D(Data):
     def identity(self) -> dict[str, Any]:
         """See `Data`; drawn points x stand for ``centre + unit * x`` in the user's coordinates."""
         scale = {"centre": list(self.density.centre), "unit": self.density.unit}
-        return super().identity() | {"scale": scale, "density": describe(self.density)}
+        return super().identity() | {"scale": scale}

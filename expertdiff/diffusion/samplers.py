@@ -32,7 +32,7 @@ class SampleNoise:
     Args:
         seed: the sampling seed.
         index: the sample indices of this batch.
-        shape: of one sample, (C, H, W).
+        shape: of one sample.
         device: where the noise goes; it is always drawn on the CPU.
     """
 

@@ -4,7 +4,7 @@ import numpy as np
 from torch import Tensor
 
 from expertdiff.evaluation.judge import Judge
-from expertdiff.evaluation.knn_kl import knn_kl_divergence
+from expertdiff.evaluation.knn_kl import as_array, knn_kl_divergence
 from expertdiff.evaluation.points import mmd, sliced_wasserstein
 
 
@@ -16,6 +16,7 @@ class PointCloud(Judge):
     """
 
     metric = "KL"
+    estimate = True
 
     def __init__(self, k: int = 5) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class PointCloud(Judge):
         return samples
 
     def summary(self, features: Tensor) -> np.ndarray:
-        return features.double().cpu().numpy()
+        return as_array(features)
 
     def distances(self, samples: np.ndarray, reference: np.ndarray) -> dict[str, float]:
         """KL is KL(reference || samples): it grows where real points have no samples nearby."""

@@ -8,11 +8,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from expertdiff.diffusion.samplers import DDIM, Sampler
 from expertdiff.files import replacing
-
-SHOWN = 64
-"""Samples in the picture beside the numbers."""
 
 # Below this many pixels a side a person cannot see what a tile shows.
 VISIBLE = 32
@@ -25,28 +21,6 @@ def check_images(images: Tensor) -> None:
             f"images of {images.dtype} {list(images.shape)} given where uint8 [N, 1 or 3, H, W] is "
             "needed: convert [-1, 1] with expertdiff.evaluation.images.to_uint8"
         )
-
-
-def finished(x: Tensor) -> Tensor:
-    """What a sampler made, as an image data set holds its items; see `to_uint8`."""
-    return to_uint8(x)
-
-
-def sampler() -> Sampler:
-    """How images are drawn where nothing else is said."""
-    return DDIM()
-
-
-def picture(samples: Tensor, path: Path) -> None:
-    """A grid of uint8 images, about square."""
-    save_grid(samples, path, columns=round(len(samples) ** 0.5))
-
-
-def save(samples: Tensor, labels: Tensor | None, folder: Path, scale: object) -> Path:
-    """The images in ADM's layout, ``samples.npz``; `scale` is that of all images."""
-    path = folder / "samples.npz"
-    save_npz(samples, path, labels)
-    return path
 
 
 def to_uint8(x: Tensor) -> Tensor:

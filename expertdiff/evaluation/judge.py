@@ -13,10 +13,13 @@ class Judge(Described, nn.Module, ABC):
     """Compares drawn samples with real ones, given as their data set holds them.
 
     Attributes:
-        metric: the name of the headline number, the first of `distances`; lower is better.
+        metric: the name of the headline number, the first of `distances`.
+        estimate: whether it is an estimate that real data bias alike, so that the nearest to their
+            number is the best; else the lowest is.
     """
 
     metric: str
+    estimate: bool = False
 
     # A signature of its own: `describe` would write down nn.Module's *args and **kwargs.
     def __init__(self) -> None:

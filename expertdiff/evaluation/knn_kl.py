@@ -54,9 +54,8 @@ def knn_kl_divergence(
     nu = cKDTree(samples).query(real, [k], p=NORMS[metric])[0]
     if not (rho.all() and nu.all()):
         raise ValueError(
-            f"{np.sum(rho == 0)} of the {n} real points have {k} or more duplicates among the real "
-            f"ones and {np.sum(nu == 0)} among the samples, which gives ln 0: remove duplicates, "
-            "or raise k"
+            f"{np.sum(rho == 0)} of the {n} points have {k} or more duplicates in their own set "
+            f"and {np.sum(nu == 0)} in the other, which gives ln 0: remove duplicates, or raise k"
         )
     return float(np.log2(m / (n - 1)) + dimensions * (np.log2(nu).mean() - np.log2(rho).mean()))
 

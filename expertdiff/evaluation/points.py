@@ -2,18 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.spatial import cKDTree
 from scipy.spatial.distance import cdist, pdist
-from torch import Tensor
 
 from expertdiff.diffusion.exact import Mixture
-from expertdiff.diffusion.samplers import DDPM, Sampler
 from expertdiff.evaluation.knn_kl import Points, as_array
 from expertdiff.files import replacing
 
@@ -26,38 +22,7 @@ KERNEL_POINTS = 5000
 COLOUR = "#0072b2"
 """Of the dots: readable on a light and on a dark page."""
 
-SHOWN = 10_000
-"""Samples in the picture beside the numbers."""
-
 Limits = tuple[np.ndarray, np.ndarray]
-
-
-def finished(x: Tensor) -> Tensor:
-    """What a sampler made, as a data set of points holds its items: as it is.
-
-    Raises:
-        ValueError: a value is not finite.
-    """
-    if not x.isfinite().all():
-        raise ValueError("points hold NaN or infinity: the sampler or its network diverged")
-    return x
-
-
-def sampler() -> Sampler:
-    """How points are drawn where nothing else is said: every timestep, nothing clipped."""
-    return DDPM(clip=False)
-
-
-def picture(samples: Tensor, path: Path) -> None:
-    """One scatter plot; see `save_scatter`."""
-    save_scatter(samples, path)
-
-
-def save(samples: Tensor, labels: Tensor | None, folder: Path, scale: dict[str, Any]) -> Path:
-    """The points as ``samples.csv``, in the user's coordinates: ``centre + unit * x``."""
-    path = folder / "samples.csv"
-    save_points(torch.tensor(scale["centre"]) + scale["unit"] * samples, path)
-    return path
 
 
 def sliced_wasserstein(a: Points, b: Points, projections: int = 128) -> float:

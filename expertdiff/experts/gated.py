@@ -101,7 +101,7 @@ class GatedExperts(Network):
                 f"{experts} expert has nothing to blend: give 2 or more, or use MLPDenoiser"
             )
         self.gate = gate or (Sigmoid() if experts == 2 else Softmax())
-        self.embedding = Embedding(scale, T)
+        self.T, self.embedding = T, Embedding(scale, T)
         sizes = [Embedding.size, *gating, self.gate.logits(experts)]
         layers: list[nn.Module] = []
         for inputs, outputs in zip(sizes, sizes[1:]):

@@ -31,16 +31,20 @@ def stack(networks: Sequence[Network]) -> Network:
     """One network on [S, B, ...] of S equal ones; its state dict has theirs, stacked.
 
     Raises:
-        ValueError: the networks learn anything outside linear layers.
+        ValueError: the networks learn anything outside linear layers with a bias.
     """
     first = networks[0]
     stacked = copy.deepcopy(first)
-    linear = {name for name, module in first.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name
+        for name, module in first.named_modules()
+        if isinstance(module, nn.Linear) and module.bias is not None
+    }
     for name, _ in first.named_parameters():
         if name.rpartition(".")[0] not in linear:
             raise ValueError(
-                f"{type(first).__name__} cannot be trained stacked: {name} is of no linear layer; "
-                "train one seed a job"
+                f"{type(first).__name__} cannot be trained stacked, because {name} is of no linear "
+                "layer with a bias: train one seed a job"
             )
     for name in linear:
         layers = [network.get_submodule(name) for network in networks]

@@ -103,6 +103,8 @@ class Method(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         self._fit_together()
         if stage == "fit":
+            if isinstance(self.denoiser, StackedDenoiser) and self.trainer.precision == "16-mixed":
+                raise ValueError("seeds cannot be trained side by side in 16-mixed: use bf16-mixed")
             self._warn_of_the_end()
         if self.trainer.strategy.root_device.type == "cuda":
             # What tensor cores want; on a CPU it gains nothing in training.
@@ -116,6 +118,12 @@ class Method(LightningModule, ABC):
             raise ValueError(
                 f"the network has num_classes {classes}, {type(data).__name__} has "
                 f"{data.num_classes}: give it as many, or null for an unconditional model"
+            )
+        made_for, T = self.network.T, getattr(self.process, "T", None)
+        if made_for not in (None, T):
+            raise ValueError(
+                f"the network is made for {made_for} timesteps, the process has {T}: "
+                "set network.T and process.T alike"
             )
         n, device = len(self.seeds), next(self.network.parameters()).device
         x, t = torch.zeros(n, *data.shape, device=device), torch.zeros(n, device=device).long()
@@ -164,10 +172,12 @@ class Method(LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if not gradient_clip_val or self.trainer.precision == "16-mixed":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        else:  # Lightning refuses a fused optimizer, although only float16 has scaled gradients
+        by_norm = gradient_clip_algorithm in (None, "norm") and (gradient_clip_val or 0) > 0
+        if by_norm and self.trainer.precision != "16-mixed":
+            # Lightning refuses a fused optimizer, although only float16 has scaled gradients.
             self.denoiser.clip_gradients(gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """The loss of a batch; all its randomness is keyed by the micro-batch of the whole run."""

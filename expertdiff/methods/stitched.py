@@ -16,9 +16,8 @@ from expertdiff.bundle import Bundle
 from expertdiff.data.base import Batches
 from expertdiff.describe import describe
 from expertdiff.diffusion.samplers import SampleNoise, Sampler
-from expertdiff.evaluation import points
 from expertdiff.evaluation.judge import Judge
-from expertdiff.evaluation.kinds import kind
+from expertdiff.evaluation.kinds import PointKind, kind
 from expertdiff.files import sha256_of, write_json
 from expertdiff.loggers import JsonLines
 from expertdiff.methods.base import device_name
@@ -63,7 +62,7 @@ class Stitched(LightningModule):
                 )
         self.bundle = Bundle.load(bundle)
         self.kind = kind(self.bundle.shape)
-        if evaluation.sampler.clip and self.kind is points:
+        if evaluation.sampler.clip and isinstance(self.kind, PointKind):
             raise ValueError(
                 f"{bundle} draws points, and the sampler clips them to [-1, 1] as it does images: "
                 "set clip to false"
@@ -126,7 +125,7 @@ class Stitched(LightningModule):
         seed, index = batch
         samples = self.draw(seed, index)
         self._features[seed].append(self._judge(samples))
-        if seed == self.evaluation.seeds[0] and self._drawn < self.kind.SHOWN:
+        if seed == self.evaluation.seeds[0] and self._drawn < self.kind.shown:
             self._first.append(samples.cpu())
         self._drawn += len(samples) * self.trainer.world_size
         for logger in self.trainer.loggers:
@@ -150,6 +149,7 @@ class Stitched(LightningModule):
         result = {
             "name": self.output.name,
             "metric": metric,
+            "nearest_to_floor": self._judge.estimate,
             **spreads.pop(metric),
             "further": spreads,
             "seeds": list(e.seeds),
@@ -173,7 +173,7 @@ class Stitched(LightningModule):
             "manifest_sha256": sha256_of(bundle.folder / "manifest.json"),
         }
         write_json(self.output / "metrics.json", result)
-        self.kind.picture(torch.cat(self._first)[: self.kind.SHOWN], self.output / "grid.png")
+        self.kind.picture(torch.cat(self._first)[: self.kind.shown], self.output / "grid.png")
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("samples", [str(self.output / "grid.png")])

@@ -80,7 +80,7 @@ class MLPDenoiser(Network):
         T: int = 100,
     ) -> None:
         super().__init__()
-        self.embedding = Embedding(scale, T)
+        self.T, self.embedding = T, Embedding(scale, T)
         self.network = body(width, depth, head)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

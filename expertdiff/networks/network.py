@@ -15,9 +15,11 @@ class Network(Described, nn.Module, ABC):
 
     Attributes:
         num_classes: labels are in [0, num_classes); ``None`` for an unconditional network.
+        T: how many timesteps the chain must have; ``None`` for any process.
     """
 
     num_classes: int | None = None
+    T: int | None = None
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:

@@ -1,8 +1,7 @@
 """The pictures of a report, drawn without matplotlib's global state."""
 
 import io
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -14,31 +13,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import DiscreteVP, NoiseProcess
+from expertdiff.look import INK, style
 from expertdiff.report.study import BASELINE, Study
-
-INK = "#1f2328"
-"""Of all text and lines; in a page it becomes the page's own text colour."""
 
 BASELINE_COLOUR, EXPERT_COLOUR = "#7f7f7f", "#d55e00"
 """Grey and vermillion: apart for every kind of colour vision, and none of an interval's colours."""
 
 WIDTH = 11
 """Inches: with text of 9 points, a page of 1100 pixels shows text of 12 pixels."""
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    colours = dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK
-    )
-    look = {
-        "font.size": 9,
-        "axes.titlesize": 9.5,
-        "axes.spines.top": False,
-        "legend.frameon": False,
-    }
-    with matplotlib.rc_context({**colours, **look, "svg.hashsalt": "expertdiff"}):
-        yield
 
 
 def interval_colours(n: int) -> list[tuple[float, ...]]:

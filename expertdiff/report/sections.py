@@ -61,9 +61,10 @@ def distances(study: Study) -> Markup:
     return section(
         "Distance to the data",
         table([*header, "reference", "extractor"], rows),
-        note="Lower is better; mean ± standard deviation over the sampling seeds. The spread says "
-        "nothing about other training seeds. All distances depend on the number of samples: "
-        "compare rows of this table only. The verdict calls a difference real when it exceeds "
+        note="Lower is better; of an estimate of KL, nearer to the number of real data is. Mean ± "
+        "standard deviation over the sampling seeds. The spread says nothing about other training "
+        "seeds. All distances depend on the number of samples: compare rows of this table only. "
+        "The verdict calls a difference real when it exceeds "
         f"{DEVIATIONS} standard deviations of the difference of two single-seed measurements. Real "
         "data of another split, measured against the same reference, show how low a distance can "
         "be.",
@@ -170,18 +171,20 @@ def grids(study: Study) -> Markup:
         with Image.open(path) as image:
             sizes[name] = image.width
     zoom = max(1, GRID_WIDTH // max(sizes.values()))
+    shown = {name: str(min(GRID_WIDTH, zoom * size)) for name, size in sizes.items()}
     figures = [
         tag(
             "figure",
             tag("figcaption", _method(name)),
-            picture(path, name, width=str(zoom * sizes[name])),
+            picture(path, name, width=shown[name]),
         )
         for name, path in grids.items()
     ]
     return section(
         "Samples",
         tag("div", *figures, class_="grids"),
-        note=f"Enlarged {zoom} times on a screen, unsmoothed. The first samples of the first "
+        note=("" if zoom == 1 else f"Enlarged {zoom} times on a screen, unsmoothed. ")
+        + "The first samples of the first "
         "seed: with equal seeds, the same place in two grids started from the same noise.",
     )
 

@@ -109,7 +109,13 @@ class Study:
     @property
     def experts(self) -> list[Job]:
         """The jobs that train a part of the chain, cleanest first."""
-        return [job for job in self.jobs.values() if job.name != BASELINE]
+        return [job for job in self.jobs.values() if job.name.startswith("expert-")]
+
+    @property
+    def expected(self) -> list[str]:
+        """The names of the tests that a finished study has."""
+        whole = [job.name for job in self.jobs.values() if job not in self.experts]
+        return whole + [STITCHED] * bool(self.experts)
 
 
 def read_study(folder: Path) -> Study:

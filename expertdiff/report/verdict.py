@@ -92,17 +92,25 @@ def verdict(study: Study) -> str:
 
 def _winner(experts: Result, baseline: Result) -> str:
     ours, theirs = experts.metrics, baseline.metrics
-    gain = theirs["mean"] - ours["mean"]
-    positive = min(theirs["mean"], ours["mean"]) > 0  # an estimate of KL need not be
-    percent = f"{100 * abs(gain) / theirs['mean']:.2g} %" if positive else f"{abs(gain):.2g}"
-    better = f"{'the experts are' if gain > 0 else 'the baseline is'} better by {percent}"
+    gain = _badness(baseline) - _badness(experts)
+    size = f"{100 * abs(gain) / theirs['mean']:.2g} %"
+    word = "better"
+    if ours.get("nearest_to_floor"):
+        size, word = f"{abs(gain):.2g}", f"nearer to real data ({ours['floor']:.2g})"
+    better = f"{'the experts are' if gain > 0 else 'the baseline is'} {word} by {size}"
     if len(ours["values"]) < 2:
         return f"{better} with this one seed, which cannot tell a difference from chance"
     noise = DEVIATIONS * math.hypot(ours["std"], theirs["std"])
     numbers = f"(difference {abs(gain):.2g}, {DEVIATIONS} standard deviations {noise:.2g})"
     if abs(gain) <= noise:
-        return f"the difference of {percent} is within the sampling spread {numbers}, no winner"
+        return f"the difference of {size} is within the sampling spread {numbers}, no winner"
     return f"{better}, more than the sampling spread {numbers}"
+
+
+def _badness(result: Result) -> float:
+    """The distance, or how far it is from that of real data, where an estimate may be too low."""
+    facts = result.metrics
+    return abs(facts["mean"] - facts["floor"]) if facts.get("nearest_to_floor") else facts["mean"]
 
 
 def _budgets(experts: Result, baseline: Result) -> str:
@@ -134,8 +142,7 @@ def spread(values: dict[str, Any]) -> str:
 def missing(study: Study) -> list[str]:
     """What keeps this study from being finished, one line each."""
     lines = [f"{job.name}: {state(job)}" for job in study.jobs.values() if not job.done]
-    expected = [BASELINE] * (BASELINE in study.jobs) + [STITCHED] * bool(study.experts)
-    lines += [f"the test of {name}" for name in expected if name not in study.results]
+    lines += [f"the test of {name}" for name in study.expected if name not in study.results]
     for result in study.results.values():
         if result.grid is None:
             lines.append(f"the sample grid of {result.name}")

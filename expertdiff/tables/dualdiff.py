@@ -11,7 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from expertdiff.analysis.gates import gate_figure
+from expertdiff.analysis.gates import gate_figure, gate_record
 from expertdiff.bundle import Bundle
 from expertdiff.describe import describe, differences
 from expertdiff.diffusion.denoiser import Denoiser
@@ -56,16 +56,16 @@ def table(
     """
     folder = output or Path("runs") / f"{name}-{Path(preset).stem}"
     plan = Plan(preset, folder, sets, models, schedules, seeds, steps)
-    cells = plan.cells()
-    train(cells, parallel)
-    rows = []
-    for set_ in plan.sets:
-        for schedule in plan.schedules:
-            rows += Scoring(
-                plan, [c for c in cells if (c.set, c.schedule) == (set_, schedule)]
-            ).rows()
-    table_rows.save(rows, folder)
-    page = write_page(rows, folder, f"DualDiff, {Path(preset).stem}", how(plan, cells), plan.pairs)
+    for density in plan.sets.values():
+        density.points("train", 1)  # a missing file is told now, not after hours of training
+    groups = plan.groups()
+    train([cell for group in groups for cell in group], parallel)
+    rows: list[Row] = []
+    for group in groups:
+        rows += Scoring(plan, group).rows()
+        table_rows.save(rows, folder)
+        title = f"DualDiff, {Path(preset).stem}"
+        page = write_page(rows, folder, title, how(plan, groups), plan.pairs)
     print(text(rows))
     print(f"table: {folder / 'table.csv'}\npage: {page}")
 
@@ -85,6 +85,7 @@ def train(cells: Iterable[Cell], parallel: int | None) -> None:
         kept = cell.folder / "job.yaml"
         if kept.is_file():
             old = yaml.safe_load(kept.read_text(encoding="utf-8"))
+            old["trainer"]["default_root_dir"] = str(cell.folder)  # the table may have moved
             if changed := differences(cell.config, old):
                 raise ValueError(
                     f"{cell.folder} holds another training ({'; '.join(changed)}): "
@@ -109,16 +110,19 @@ class Scoring:
         self.set, self.schedule, self.place = first.set, first.schedule, first.folder.parent
         bf16 = first.config["trainer"]["precision"] == "bf16-mixed"
         density = plan.sets[self.set]
-        self.bench = Bench(density, first.process, plan.sampler, plan.reference, bf16)
+        process = plan.processes[self.schedule]
+        self.bench = Bench(density, process, plan.sampler, plan.reference, bf16)
         self.changed = False
 
     def rows(self) -> list[Row]:
         """Fresh points, the exact denoiser where the density is known, and every model."""
         floors = [self._row("fresh", self._fresh, {"seeds": self.plan.seeds})]
         if self.bench.exact is not None:
-            floors.append(self._row("exact", self._exact, {}))
-        rows = floors + [self._model(cell) for cell in self.cells]
-        self._animate()
+            of = {"process": describe(self.bench.process)}
+            floors.append(self._row("exact", self._exact, of))
+        trained = {cell.model: self._bundles(cell) for cell in self.cells}
+        rows = floors + [self._model(cell, trained[cell.model]) for cell in self.cells]
+        self._animate({model: denoisers[0] for model, denoisers in trained.items()})
         return rows
 
     def _row(
@@ -158,46 +162,44 @@ class Scoring:
     def _exact(self, seed: int, folder: Path) -> dict[str, float]:
         return self.bench.drawn(self.bench.exact, seed, folder) | {"loss": self.bench.least}
 
-    def _model(self, cell: Cell) -> Row:
-        done = read_json(cell.folder / "done.json")
-        for seed in self.plan.seeds:
-            Bundle.stitch([cell.folder], _bundle(cell, seed), seed=seed)
+    def _bundles(self, cell: Cell) -> list[Denoiser]:
+        """The denoisers of a cell, one a seed, each kept as a bundle of its own."""
+        folders = [cell.folder / f"seed-{seed}" / "bundle" for seed in self.plan.seeds]
+        return [
+            Bundle.stitch([cell.folder], folder, seed=seed).denoiser
+            for seed, folder in zip(self.plan.seeds, folders)
+        ]
 
+    def _model(self, cell: Cell, denoisers: list[Denoiser]) -> Row:
         def compute(seed: int, folder: Path) -> dict[str, float]:
-            denoiser = Bundle.load(_bundle(cell, seed)).denoiser
-            draw_gates(denoiser, self.bench.held_out[:2000], folder)
+            denoiser = denoisers[self.plan.seeds.index(seed)]
+            show_gates(denoiser, self.bench.held_out[:2000], folder)
             return self.bench.model(denoiser, seed, folder)
 
-        network = Bundle.load(_bundle(cell, self.plan.seeds[0])).denoiser
-        parameters = sum(p.numel() for p in network.parameters())
+        done = read_json(cell.folder / "done.json")
+        parameters = sum(p.numel() for p in denoisers[0].parameters())
         seconds = done["seconds"] / len(self.plan.seeds)
         return self._row(cell.model, compute, {"weights": done["sha256"]}, parameters, seconds)
 
-    def _animate(self) -> None:
+    def _animate(self, denoisers: dict[str, Denoiser]) -> None:
         path = self.plan.folder / f"{self.set}-{self.schedule}.gif"
-        if path.is_file() and not self.changed:
-            return
-        seed = self.plan.seeds[0]
-        denoisers = {c.model: Bundle.load(_bundle(c, seed)).denoiser for c in self.cells}
-        if self.bench.exact is not None:
-            denoisers = {"exact": self.bench.exact.cpu()} | denoisers
-        animate(denoisers, self.plan.sampler, path)
+        if self.changed or not path.is_file():
+            exact = {} if self.bench.exact is None else {"exact": self.bench.exact}
+            shown = {name: denoiser.cpu() for name, denoiser in (exact | denoisers).items()}
+            animate(shown, self.plan.sampler, path)
 
 
-def _bundle(cell: Cell, seed: int) -> Path:
-    return cell.folder / f"seed-{seed}" / "bundle"
-
-
-def draw_gates(denoiser: Denoiser, points: Tensor, folder: Path) -> None:
-    """``gates.png`` of a model that has a gate."""
+def show_gates(denoiser: Denoiser, points: Tensor, folder: Path) -> None:
+    """``gates.png`` and ``gates.json`` of a model that has a gate."""
     network = denoiser.network
     if isinstance(network, GatedExperts):
+        write_json(folder / "gates.json", gate_record(network, denoiser.process, points))
         figure = gate_figure(network, denoiser.process, points)
         with replacing(folder / "gates.png") as temporary:
             figure.savefig(temporary, format="png", dpi=100)
 
 
-def how(plan: Plan, cells: list[Cell]) -> list[str]:
+def how(plan: Plan, groups: list[list[Cell]]) -> list[str]:
     """How the numbers of a table were made, line by line."""
     lines = [
         f"command: {shlex.join(['expertdiff', *sys.argv[1:]])}",
@@ -210,17 +212,20 @@ def how(plan: Plan, cells: list[Cell]) -> list[str]:
         "KL: k-NN estimate in bits, k = 5, Chebyshev distance; evaluation loss: held-out points, "
         "the same t and noise for every model",
     ]
-    for cell in cells:
-        if cell.model == next(iter(plan.models)):
-            x0 = torch.from_numpy(plan.sets[cell.set].points("train", POINTS))
-            bits = terminal_mismatch(cell.process, x0)
-            lines.append(
-                f"{cell.set}, {cell.schedule}: the chain ends {bits:.3g} bits from the normal "
-                "distribution that sampling starts from"
-            )
+    for group in groups:
+        name, schedule = group[0].set, group[0].schedule
+        x0 = torch.from_numpy(plan.sets[name].points("train", POINTS))
+        bits = terminal_mismatch(plan.processes[schedule], x0)
+        lines.append(
+            f"{name}, {schedule}: the chain ends {bits:.3g} bits from the normal distribution "
+            "that sampling starts from"
+        )
+    records = [read_json(cell.folder / "done.json") for group in groups for cell in group]
+    devices = sorted({record["device"] for record in records})
+    here = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     lines.append(
-        f"{device_name(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}, "
-        f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+        f"trained on {', '.join(devices)}; page written on {here}, {platform.machine()}, "
+        f"torch {torch.__version__}"
     )
     return lines
 

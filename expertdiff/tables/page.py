@@ -18,9 +18,7 @@ from expertdiff.tables.pictures import (
     samples_figure,
     score_figure,
 )
-from expertdiff.tables.rows import SCORES, Row
-
-DIRECTIONS = ("KL", "reverse KL")
+from expertdiff.tables.rows import DIRECTIONS, SCORES, Row
 
 LOWEST = ("loss", "excess", "NLL")
 """Scores that fresh points do not have: the lowest is the best."""

@@ -14,8 +14,9 @@ from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.samplers import SampleNoise, Sampler
 from expertdiff.evaluation.points import COLOUR, limits_of, scatter
 from expertdiff.files import replacing
-from expertdiff.report.figures import BASELINE_COLOUR, EXPERT_COLOUR, INK, WIDTH, style
-from expertdiff.tables.rows import SCORES, Row
+from expertdiff.look import INK, style
+from expertdiff.report.figures import BASELINE_COLOUR, EXPERT_COLOUR, WIDTH
+from expertdiff.tables.rows import DIRECTIONS, SCORES, Row
 
 FLOORS = {"fresh": "fresh points", "exact": "exact denoiser"}
 """The rows that no model is expected to beat, in the order in which they are shown."""
@@ -53,7 +54,7 @@ def score_figure(rows: Sequence[Row], pairs: dict[str, str]) -> Figure:
     with style():
         figure = Figure(figsize=(WIDTH, 0.27 * len(models) + 1.05), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        for axes, key in zip(panels, ("KL", "reverse KL")):
+        for axes, key in zip(panels, DIRECTIONS):
             for row in floors:
                 _band(axes, row, key)
             _dots(axes, models, key, pairs)
@@ -119,7 +120,7 @@ def samples_figure(rows: Sequence[Row]) -> Figure | None:
         for axes, row, x in zip(panels, shown, points):
             scatter(axes, x, limits_of(points[0]))
             kl, reverse = (f"{row.scores[key][0]:.3f}" if row.scores.get(key) else "-"
-                           for key in ("KL", "reverse KL"))  # fmt: skip
+                           for key in DIRECTIONS)  # fmt: skip
             axes.set_title(f"{FLOORS.get(row.model, row.model)}\nKL {kl}, reverse {reverse}")
     return figure
 

@@ -11,11 +11,19 @@ import yaml
 
 from expertdiff.data import densities
 from expertdiff.data.densities import Density
-from expertdiff.describe import VARIADIC, build
-from expertdiff.diffusion.process import NoiseProcess
+from expertdiff.describe import VARIADIC, build, describe
+from expertdiff.diffusion.process import DiscreteVP
 from expertdiff.diffusion.samplers import Sampler
 
 PRESETS = Path(__file__).parent
+
+BASE = (
+    ("study", "iterations"),
+    ("model", "init_args"),
+    ("data", "init_args"),
+    ("trainer", "precision"),
+)
+"""What the base of a preset must say."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +42,15 @@ class Cell:
     folder: Path
     config: dict[str, Any]
 
-    @property
-    def process(self) -> NoiseProcess:
-        """The noise process."""
-        return build(self.config["model"]["init_args"]["process"], NoiseProcess)
-
 
 class Plan:
     """The cells of a table, from a preset with some parts replaced.
 
-    A preset is a YAML file: `sets`, `seeds`, `schedules` (noise processes by name), `base` (a
-    configuration of ``fit``), `models` (what each lays over the base), `pairs` (a gated model and
-    its single network of equal size), `reference` (the split that samples are compared with) and
-    `sampler`. With `like` it says only where it differs from another preset; `base` is laid over
-    the other's.
+    A preset is a YAML file: `sets` (by name, or name and ``{class_path, init_args}``), `seeds`,
+    `schedules` (noise processes by name), `base` (a configuration of ``fit``), `models` (what each
+    lays over the base), `pairs` (a gated model and its single network of equal size), `reference`
+    (the split that samples are compared with) and `sampler`. With `like` it says only where it
+    differs from another preset; `base` is laid over the other's.
 
     Args:
         preset: a name, or the path of an own file.
@@ -70,12 +73,15 @@ class Plan:
         steps: int | None = None,
     ) -> None:
         facts = _read(preset)
-        self.preset, self.folder = preset, folder
+        self.folder = folder
         self.seeds = list(facts["seeds"] if seeds is None else seeds)
         if not 1 <= len(set(self.seeds)) == len(self.seeds) <= 10:
             raise ValueError(f"seeds {self.seeds} must be different, and one to ten")
-        self.sets = {name: density(name) for name in sets or facts["sets"]}
-        self.schedules = _taken("schedule", facts["schedules"], schedules)
+        self.sets = _densities(facts["sets"], sets)
+        self.processes = {
+            name: build(block, DiscreteVP)
+            for name, block in _taken("schedule", facts["schedules"], schedules).items()
+        }
         self.models = _taken("model", facts["models"], models)
         self.pairs: dict[str, str] = facts["pairs"]
         self.reference: str = facts["reference"]
@@ -89,30 +95,28 @@ class Plan:
         """Of each training."""
         return self.base["study"]["iterations"]
 
-    def cells(self) -> list[Cell]:
-        """Every model on every set under every schedule."""
+    def groups(self) -> list[list[Cell]]:
+        """Every model on every set under every schedule: one list for a set and a schedule."""
         return [
-            self._cell(set_, schedule, model)
+            [self._cell(set_, schedule, model) for model in self.models]
             for set_ in self.sets
-            for schedule in self.schedules
-            for model in self.models
+            for schedule in self.processes
         ]
 
     def _cell(self, set_: str, schedule: str, model: str) -> Cell:
-        process, folder = self.schedules[schedule], self.folder / set_ / schedule / model
-        arguments = {"process": process, "seeds": self.seeds}
+        process, folder = self.processes[schedule], self.folder / set_ / schedule / model
+        arguments = {"process": describe(process), "seeds": self.seeds}
         # The embedding of t must know how long the chain is.
-        arguments["network"] = {"init_args": {"T": process["init_args"]["T"]}}
+        arguments["network"] = {"init_args": {"T": process.T}}
         config = laid_over(self.base, self.models[model] or {})
         config = laid_over(config, {"model": {"init_args": arguments}})
-        name = type(self.sets[set_]).__name__
-        config["data"]["init_args"]["density"] = {"class_path": name}
+        config["data"]["init_args"]["density"] = describe(self.sets[set_])
         config["trainer"]["default_root_dir"] = str(folder)
         return Cell(set_, schedule, model, folder, config)
 
 
 def density(name: str) -> Density:
-    """A generated set by its name, in whatever case.
+    """A set that needs no arguments, by its name in whatever case.
 
     Raises:
         ValueError: there is none of that name.
@@ -147,6 +151,17 @@ def laid_over(under: Any, over: Any) -> Any:
     }
 
 
+def _densities(
+    known: dict[str, Any] | Sequence[str], wanted: Sequence[str] | None
+) -> dict[str, Density]:
+    """The sets by name; a preset may give its own, as blocks of class and arguments."""
+    blocks = known if isinstance(known, dict) else {}
+    return {
+        name: build(blocks[name], Density) if name in blocks else density(name)
+        for name in wanted or known
+    }
+
+
 def _taken(what: str, known: dict[str, Any], wanted: Sequence[str] | None) -> dict[str, Any]:
     for name in wanted or ():
         if name not in known:
@@ -171,7 +186,9 @@ def _read(preset: str) -> dict[str, Any]:
         keys = "sets seeds schedules base models pairs reference sampler".split()
         if absent := [key for key in keys if key not in facts]:
             raise ValueError(f"it has no {', '.join(absent)}")
-    except (yaml.YAMLError, TypeError, UnicodeDecodeError, ValueError) as error:
+        for part, key in BASE:
+            facts["base"][part][key]
+    except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a preset ({reason}): see paper.yaml") from error
     return facts

@@ -27,6 +27,10 @@ SCORES = {
 """The keys of `Row.scores` in the order of the columns, and what they are called."""
 
 
+DIRECTIONS = ("KL", "reverse KL")
+"""The scores that a verdict is about."""
+
+
 @dataclass
 class Row:
     """A model, or a floor, on one set under one schedule.

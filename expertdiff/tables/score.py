@@ -24,6 +24,8 @@ POINTS = 100_000
 """Real points that samples are compared with, and that the evaluation loss is taken on."""
 SAMPLES = 10_000
 """Drawn for each score."""
+BATCH = 2500
+"""Samples drawn at a time: on a CPU a fifth faster than all, whose activations leave the cache."""
 LIKELIHOODS = 500
 """Validation points whose likelihood is taken: it needs the Jacobian at every timestep."""
 
@@ -80,9 +82,12 @@ class Bench:
     def drawn(self, denoiser: Denoiser, seed: int, folder: Path) -> dict[str, float]:
         """The scores of what a denoiser draws."""
         began = time.perf_counter()
-        noise = SampleNoise(seed, range(SAMPLES), (2,), self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            samples = self.sampler(denoiser, noise).cpu()
+            parts = [
+                self.sampler(denoiser, SampleNoise(seed, index.tolist(), (2,), self.device)).cpu()
+                for index in torch.arange(SAMPLES).split(BATCH)
+            ]
+        samples = torch.cat(parts)
         return {"sampling": time.perf_counter() - began} | self.points(samples, folder)
 
     def fresh(self, part: int, folder: Path) -> dict[str, float]:

@@ -25,6 +25,7 @@ from expertdiff.diffusion.process import DiscreteVP, LinearBetas
 from expertdiff.diffusion.samplers import DDPM, SampleNoise
 from expertdiff.experts.gated import GatedExperts
 from expertdiff.networks.mlp import MLPDenoiser
+from expertdiff.tables.plan import Plan
 
 CONFIG = Path(__file__).parents[2] / "configs/toys/dualdiff.yaml"
 NETWORKS = {cls.__name__: cls for cls in (MLPDenoiser, GatedExperts)}
@@ -61,21 +62,30 @@ def plain_training(network: nn.Module, steps: int) -> float:
                 return 1000 * (time.perf_counter() - began) / steps
 
 
-def our_training(network: str, seeds: list[int] | None, steps: int) -> float:
-    """Milliseconds a step and seed: of the second half of a run, when it is warm."""
+def our_training(config: Path, steps: int, *options: str) -> float:
+    """Milliseconds a step: of the second half of a run, when it is warm."""
     with TemporaryDirectory() as root:
         options = [
-            "fit", "--config", str(CONFIG), f"--study.root={root}", "--study.name=bench",
-            f"--study.iterations={2 * steps}", f"--model.network={network}",
-            f"--model.seeds={json.dumps(seeds)}", "--trainer.logger=JsonLines",
+            "fit", f"--config={config}", f"--trainer.default_root_dir={root}",
+            f"--study.iterations={2 * steps}", "--trainer.logger=JsonLines",
             "--trainer.callbacks=[LossByInterval]", "--trainer.limit_val_batches=0",
             f"--trainer.log_every_n_steps={steps}", "--trainer.enable_progress_bar=false",
             "--trainer.enable_model_summary=false", f"--checkpoint.every_n_steps={2 * steps}",
+            *options,
         ]  # fmt: skip
         if code := expertdiff(options):
             raise SystemExit(code)
-        lines = (Path(root) / "bench/dualdiff/metrics.jsonl").read_text().splitlines()
-        return 1000 / json.loads(lines[-1])["steps_per_second"] / len(seeds or [0])
+        lines = (Path(root) / "metrics.jsonl").read_text().splitlines()
+        return 1000 / json.loads(lines[-1])["steps_per_second"]
+
+
+def fixed_training(steps: int) -> float:
+    """Milliseconds a step of the `fixed` preset's network, one seed."""
+    with TemporaryDirectory() as folder:
+        ((cell,),) = Plan("fixed", Path(folder), ["moons"], ["single-256"], seeds=[0]).groups()
+        config = Path(folder) / "cell.yaml"
+        config.write_text(json.dumps(cell.config))
+        return our_training(config, steps)
 
 
 @torch.no_grad()
@@ -98,10 +108,10 @@ def plain_sampling(network: nn.Module, samples: int) -> float:
 def our_sampling(network: nn.Module, samples: int) -> float:
     """Seconds for 10,000 points."""
     denoiser = NetworkDenoiser(network, PROCESS, Eps())
-    noise = SampleNoise(0, range(samples), (2,), "cpu")
     began = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16):
-        DDPM(clip=False)(denoiser, noise)
+        for index in torch.arange(samples).split(2500):
+            DDPM(clip=False)(denoiser, SampleNoise(0, index.tolist(), (2,), "cpu"))
     return time.perf_counter() - began
 
 
@@ -126,12 +136,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
 
     build = NETWORKS[args.network]
-    plain, ours = [], {"one seed": [], "four seeds side by side, each": []}
+    names = ("one seed", "four seeds side by side, each", "fixed preset, batch 1024")
+    plain, ours = [], {name: [] for name in names}
     drawn_plainly, drawn = [], {"expertdiff": []}
     for _ in range(args.runs):
         plain.append(plain_training(build(), args.steps))
-        for values, seeds in zip(ours.values(), (None, [0, 1, 2, 3])):
-            values.append(our_training(args.network, seeds, args.steps))
+        network = f"--model.network={args.network}"
+        one, four = (
+            our_training(CONFIG, args.steps, network, f"--model.seeds={seeds}")
+            for seeds in ("null", "[0,1,2,3]")
+        )
+        for name, value in zip(names, (one, four / 4, fixed_training(args.steps))):
+            ours[name].append(value)
         drawn_plainly.append(plain_sampling(build(), args.samples))
         drawn["expertdiff"].append(our_sampling(build(), args.samples))
     show("training, a step", "ms", plain, ours)
