@@ -168,7 +168,7 @@ class TestOtherRun:
             ("--model.weighting=P2", "weighting.class_path"),
             ("--model.partition.edges=[0,0.2,1]", "interval"),
             ("--data.batch_size=4", "batch_size: 4 != 8"),
-            ("--seed_everything=5", "seed: 5 != 0"),
+            ("--seed_everything=5", "seeds: [5] != [0]"),
             ("--ema.decay=0.5", "ema.decay: 0.5 != 0.999"),
             ("--trainer.precision=bf16-mixed", "precision"),
             ("--trainer.accumulate_grad_batches=2", "accumulate_grad_batches: 2 != 1"),

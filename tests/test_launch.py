@@ -91,7 +91,7 @@ def test_test_verb_on_a_bundle_s_own_config(study, tmp_path, capsys):
     ours = json.loads((tmp_path / "metrics.json").read_text())
     theirs = json.loads((study / "tests" / "stitched" / "metrics.json").read_text())
     assert ours["values"] == pytest.approx(theirs["values"], rel=1e-6)
-    assert "real training images" in capsys.readouterr().out
+    assert "real ones of the other split" in capsys.readouterr().out
 
 
 def test_predict_gives_indices_and_images(study):
