@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from expertdiff.files import read_json, write_json, write_text
+from expertdiff.files import write_json, write_text
 
 SCORES = {
     "loss": "evaluation loss",
@@ -84,8 +84,3 @@ def save(rows: Sequence[Row], folder: Path) -> None:
         numbers = [value for key in SCORES for value in (row.mean(key), row.std(key))]
         writer.writerow([*(getattr(row, fact) for fact in facts), len(row.seeds), *numbers])
     write_text(folder / "table.csv", text.getvalue())
-
-
-def load(folder: Path) -> list[Row]:
-    """The rows of a table's folder."""
-    return [Row(**row) for row in read_json(folder / "rows.json")]
