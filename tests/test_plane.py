@@ -205,7 +205,7 @@ class TestTable:
             (["--schedules=[odd]"], "'odd' is no schedule"),
             (["--seeds=[1,1]"], "seeds [1, 1] must be different"),
             (["--preset=nowhere"], "'nowhere' is no preset and no file"),
-            (["--parallel=0"], "parallel 0 runs nothing"),
+            (["--sets=[moons]", "--parallel=0"], "parallel 0 runs nothing"),
         ],
     )
     def test_refusals(self, options, words, tmp_path, capsys):
