@@ -2,7 +2,6 @@
 
 import json
 import math
-from importlib.metadata import PackageNotFoundError, distribution
 
 import numpy as np
 import pytest
@@ -39,13 +38,6 @@ GENERATED = [
     Spirals(),
 ]
 N = 20_000
-
-
-def installed():
-    try:
-        return distribution("data-morph-ai")
-    except PackageNotFoundError:
-        return None
 
 
 def write(path, rows, header="x,y\n"):
@@ -202,7 +194,6 @@ def test_dino_draws_the_index_then_x_then_y(dino):
     assert np.array_equal(points[:, 1], (y / 48 - 1) * 4)
 
 
-@pytest.mark.skipif(installed() is None, reason="data-morph-ai is not installed")
 def test_the_installed_dino_has_its_142_points():
     mixture = Dino().mixture()
     assert mixture.centres.shape == (142, 2)
