@@ -15,8 +15,9 @@ from expertdiff.diffusion.process import (
     LinearBetas,
     QuadraticBetas,
     expand,
+    spaced,
 )
-from expertdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, SampleNoise, spaced
+from expertdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, SampleNoise
 from expertdiff.diffusion.timesteps import Uniform
 from expertdiff.diffusion.weighting import P2, MinSNR, Simple
 from expertdiff.experts.routed import RoutedExperts
@@ -150,11 +151,12 @@ class TestPartition:
 
     def test_uniform_stays_inside_and_covers(self):
         interval = Interval(0.1, 0.12)
-        t, weight = Uniform().sample(2000, interval, generator("cpu", "test"), COSINE)
+        noise = generator("cpu", "test")
+        t, weight = Uniform().sample(2000, interval, noise, COSINE, noise)
         assert set(t.tolist()) == set(range(100, 120))
         assert (weight == 1).all() and t.dtype == torch.int64
         with pytest.raises(ValueError, match="holds none of the 10 timesteps"):
-            Uniform().sample(1, interval, generator("cpu", "x"), DiscreteVP(LinearBetas(), 10))
+            Uniform().sample(1, interval, noise, DiscreteVP(LinearBetas(), 10), noise)
 
 
 class TestObjective:
@@ -238,7 +240,7 @@ class TestSpacing:
         ],
     )
     def test_calls_of_the_mdm_experts(self, steps, edges, calls):
-        t = torch.tensor(DDIM(steps).timesteps(1000))
+        t = DDIM(steps).calls(COSINE)
         assert Partition(edges).index(COSINE.progress(t)).bincount().tolist() == calls
 
     @pytest.mark.parametrize("steps", [0, 1001, "ddim0", "fast", "ddim", -5, "ddim999"])
@@ -324,7 +326,7 @@ def test_ddim_is_diffusers(kind, clip, eta, monkeypatch):
         scheduler, 50, noise, monkeypatch, Fake(), eta=eta, use_clipped_model_output=clip
     )
     sampler = DDIM("ddim50", eta=eta, clip=clip)
-    assert sampler.timesteps(1000) == seen
+    assert sampler.calls(COSINE).tolist() == seen
     ours = sampler(NetworkDenoiser(Fake(), COSINE, kind), Recorded(noise))
     assert torch.allclose(ours, theirs, atol=1e-4, rtol=1e-4)
 
@@ -343,7 +345,7 @@ def test_ddpm_is_diffusers(variance, sampler, learned, monkeypatch):
         beta_schedule="linear", variance_type=variance, clip_sample=True, timestep_spacing="leading"
     )
     theirs, seen = run_diffusers(scheduler, 100, noise, monkeypatch, Fake(learned))
-    assert sampler.timesteps(1000) == seen
+    assert sampler.calls(COSINE).tolist() == seen
     ours = sampler(
         NetworkDenoiser(Fake(learned), DiscreteVP(LinearBetas()), Eps()), Recorded(noise)
     )
@@ -363,8 +365,9 @@ def test_dpm_solver_is_diffusers(monkeypatch):
     )
     theirs, seen = run_diffusers(scheduler, 20, noise, monkeypatch, Fake())
     sampler = DPMSolverPP2M(20, clip=False)
-    sampler.timesteps = lambda T: seen
-    ours = sampler(NetworkDenoiser(Fake(), DiscreteVP(LinearBetas()), Eps()), Recorded(noise))
+    process = DiscreteVP(LinearBetas())
+    process.visited = lambda steps: torch.tensor(seen)
+    ours = sampler(NetworkDenoiser(Fake(), process, Eps()), Recorded(noise))
     assert torch.allclose(ours, theirs, atol=1e-3)
 
 

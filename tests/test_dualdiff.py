@@ -237,7 +237,7 @@ def test_the_average_is_upstreams(s, decay):
 
 def test_half_of_a_biased_draw_lies_in_the_clean_part():
     sampler, g = CleanBiased(share=0.5, into=0.2), torch.Generator().manual_seed(0)
-    t, weight = sampler.sample(100_000, Interval(), g, PROCESS)
+    t, weight = sampler.sample(100_000, Interval(), g, PROCESS, g)
     assert (t < 20).double().mean().item() == pytest.approx(0.5 + 0.5 * 0.2, abs=0.01)
     assert t.min() == 0 and t.max() == 99 and (weight == 1).all()
     with pytest.raises(ValueError, match="share 2"):

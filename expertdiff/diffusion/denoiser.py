@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from expertdiff.describe import Described
+from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import NoiseProcess, expand
 
 
@@ -91,9 +92,14 @@ class Denoiser(nn.Module, ABC):
     """``(x_t [B,...], t [B], y [B] | None) -> Prediction``; t may differ inside a batch.
 
     t may lie on the CPU while x_t is on a GPU: samplers do that, so that routing costs no sync.
+
+    Attributes:
+        process: the noise process.
+        partition: whose network acts where; where it changes, a denoiser jumps.
     """
 
     process: NoiseProcess
+    partition = Partition((0, 1))
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
@@ -107,12 +113,20 @@ class NetworkDenoiser(Denoiser):
         network: ``(x_t, t, y) -> [B, C, ...]``, or [B, 2C, ...] when it learns the variance too.
         process: the noise process.
         prediction: the meaning of the output.
+
+    Raises:
+        ValueError: v of a process that does not preserve variance.
     """
 
     def __init__(
         self, network: nn.Module, process: NoiseProcess, prediction: PredictionType
     ) -> None:
         super().__init__()
+        if isinstance(prediction, V) and not process.preserves_variance:
+            raise ValueError(
+                f"prediction V needs a process that preserves variance, not "
+                f"{type(process).__name__}: choose Eps or X0"
+            )
         self.network = network
         self.process = process
         self.prediction = prediction
@@ -128,7 +142,7 @@ class NetworkDenoiser(Denoiser):
 
     def output(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         """What the network says, in its own precision."""
-        return self.network(x_t, t, y)
+        return self.network(x_t, self.process.condition(t), y)
 
     def clip_gradients(self, most: float) -> None:
         """Scales the gradient to a norm of at most `most`."""

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +18,7 @@ from torch import Tensor
 from expertdiff.describe import Described
 from expertdiff.diffusion.denoiser import Denoiser, Prediction
 from expertdiff.diffusion.objective import learned_log_variance
-from expertdiff.diffusion.process import DiscreteVP
+from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.seeds import seed_of
 
 
@@ -85,9 +84,12 @@ class Moment(NamedTuple):
         x_t: [B, ...].
         now: the prediction at t.
         step: the coefficients of this step.
-        before: the prediction one step earlier; ``None`` at the first.
+        before: the prediction one step earlier; ``None`` at the first, and for a sampler that
+            looks at one step only.
         last: the coefficients of that earlier step.
+        crossed: whether that earlier step was another expert's.
         noise: draws standard normal [B, ...]; a deterministic step does not call it.
+        ahead: the prediction at s for an x_s [B, ...]; one more network call.
     """
 
     x_t: Tensor
@@ -95,14 +97,26 @@ class Moment(NamedTuple):
     step: Step
     before: Prediction | None
     last: Step | None
+    crossed: bool
     noise: Callable[[], Tensor]
+    ahead: Callable[[Tensor], Prediction]
 
 
 class State(NamedTuple):
-    """Where a trajectory stands: x_t, its t, and what the denoiser said about it."""
+    """Where a trajectory stands; enough to go on from there.
 
-    t: int
+    Attributes:
+        k: the number of steps taken.
+        t: of the chain; -1 at its end.
+        x_t: [B, ...]; the samples at its end.
+        before: the prediction one step earlier, where the sampler looks at it.
+        prediction: at t; at the end that of the last step.
+    """
+
+    k: int
+    t: float
     x_t: Tensor
+    before: Prediction | None
     prediction: Prediction
 
 
@@ -110,10 +124,14 @@ class Sampler(Described, ABC):
     """From noise to data with any denoiser; deterministic in (seed, index).
 
     Args:
-        steps: how many network calls: ``"ddim50"`` (ADM's integer stride: 0, 20, .., 980), ``50``
-            (ADM's rounded fractional stride: 0, 20, 41, .., 999), ``None`` for every timestep.
+        steps: of the chain: ``"ddim50"`` (ADM's integer stride: 0, 20, .., 980), ``50`` (ADM's
+            rounded fractional stride: 0, 20, 41, .., 999), ``None`` for every timestep; in
+            continuous time both are 50 equal steps from 1 to 0.001.
         clip: clip the predicted x0 to [-1, 1], as images are; false for other data.
     """
+
+    multistep = False
+    """Whether a step looks at the prediction of the step before."""
 
     def __init__(self, steps: int | str | None = None, clip: bool = True) -> None:
         self.steps, self.clip = steps, clip
@@ -122,35 +140,59 @@ class Sampler(Described, ABC):
     def step(self, m: Moment) -> Tensor:
         """x_s from x_t."""
 
-    def timesteps(self, T: int) -> list[int]:
-        """The original timesteps that are visited, noisiest first."""
-        return spaced(T, self.steps)[::-1]
+    def calls(self, process: NoiseProcess) -> Tensor:
+        """The t of each network call, noisiest first."""
+        return process.visited(self.steps)
 
     @torch.no_grad()
     def trajectory(
-        self, denoiser: Denoiser, noise: SampleNoise, y: Tensor | None = None
+        self,
+        denoiser: Denoiser,
+        noise: SampleNoise,
+        y: Tensor | None = None,
+        start: State | None = None,
     ) -> Iterator[State]:
-        """The states of the chain; the last has t = -1 and x_t = the samples."""
+        """The states of the chain, each before its step; the last has t = -1 and the samples.
+
+        Args:
+            denoiser: the model.
+            noise: of this batch.
+            y: labels [B].
+            start: a state of this trajectory to go on from, with this or another denoiser.
+        """
         process = denoiser.process
-        if not isinstance(process, DiscreteVP):
-            raise ValueError(f"{type(self).__name__} samples DiscreteVP chains only")
-        visited = self.timesteps(process.T)
-        alpha, sigma = (c.tolist() for c in process.alpha_sigma(torch.tensor(visited)))
+        visited = process.visited(self.steps)
+        alpha, sigma = (c.tolist() for c in process.alpha_sigma(visited))
         grid = list(zip([*alpha, 1.0], [*sigma, 0.0]))
         steps = [Step(*here, *there) for here, there in zip(grid, grid[1:])]
+        owners = denoiser.partition.index(process.progress(visited)).tolist()
 
-        x, before, now = noise(0), None, None
-        for k, (t, step) in enumerate(zip(visited, steps)):
-            now = denoiser(x, torch.full((len(x),), t), y)
-            if self.clip:
-                x0 = now.x0.clamp(-1, 1)
-                # eps must follow the clipped x0, or the step would leave the line between them.
-                now = replace(now, x0=x0, eps=(x - step.alpha * x0) / step.sigma)
-            yield State(t, x, now)
-            last = steps[k - 1] if k else None
-            x = self.step(Moment(x, now, step, before, last, lambda k=k: noise(k + 1)))
-            before = now
-        yield State(-1, x, now)
+        def predict(x: Tensor, k: int) -> Prediction:
+            prediction = denoiser(x, visited[k].repeat(len(x)), y)
+            if not self.clip:
+                return prediction
+            x0 = prediction.x0.clamp(-1, 1)
+            # eps must follow the clipped x0, or the step would leave the line between them.
+            return replace(prediction, x0=x0, eps=(x - steps[k].alpha * x0) / steps[k].sigma)
+
+        first = start.k if start else 0
+        x = start.x_t if start else process.prior_std * noise(0)
+        before = start.before if start else None
+        for k in range(first, len(steps)):
+            now = predict(x, k)
+            yield State(k, visited[k].item(), x, before, now)
+            moment = Moment(
+                x_t=x,
+                now=now,
+                step=steps[k],
+                before=before,
+                last=steps[k - 1] if k else None,
+                crossed=k > 0 and owners[k] != owners[k - 1],
+                noise=lambda k=k: noise(k + 1),
+                ahead=lambda x_s, k=k: predict(x_s, k + 1),
+            )
+            x, before = self.step(moment), now if self.multistep else None
+        yield State(len(steps), -1, x, before, now)
 
     def __call__(self, denoiser: Denoiser, noise: SampleNoise, y: Tensor | None = None) -> Tensor:
         """Samples [B, ...]: data in [-1, 1], where x0 is clipped."""
@@ -203,7 +245,8 @@ class DDPM(Sampler):
         if s.sigma_s == 0:
             return now.x0
         mean = s.alpha_s * now.x0 + s.sigma_s * math.sqrt(1 - s.tau) * now.eps
-        beta, posterior = 1 - (s.alpha / s.alpha_s) ** 2, s.sigma_s**2 * s.tau
+        ratio, posterior = s.alpha / s.alpha_s, s.sigma_s**2 * s.tau
+        beta = s.sigma**2 - (ratio * s.sigma_s) ** 2  # 1 - ratio^2 where variance is preserved
         if now.variance is not None:
             log_variance = learned_log_variance(now, math.log(beta), math.log(posterior))
             return mean + (0.5 * log_variance).exp() * m.noise()
@@ -211,10 +254,22 @@ class DDPM(Sampler):
 
 
 class DPMSolverPP2M(Sampler):
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); first order at both ends of the chain."""
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2); first order at both ends of the chain.
 
-    def __init__(self, steps: int | str | None = 20, clip: bool = True) -> None:
+    Args:
+        steps: see `Sampler`.
+        clip: see `Sampler`.
+        restart: take a first-order step where another expert takes over, instead of extrapolating
+            from the prediction of the last one.
+    """
+
+    multistep = True
+
+    def __init__(
+        self, steps: int | str | None = 20, clip: bool = True, restart: bool = False
+    ) -> None:
         super().__init__(steps, clip)
+        self.restart = restart
 
     def step(self, m: Moment) -> Tensor:
         s, now = m.step, m.now
@@ -222,34 +277,34 @@ class DPMSolverPP2M(Sampler):
             return now.x0
         h = math.log(s.alpha_s / s.sigma_s) - math.log(s.alpha / s.sigma)
         x0 = now.x0
-        if m.before is not None:
+        if m.before is not None and not (self.restart and m.crossed):
             r = (math.log(s.alpha / s.sigma) - math.log(m.last.alpha / m.last.sigma)) / h
             x0 = x0 + (x0 - m.before.x0) / (2 * r)
         return s.sigma_s / s.sigma * m.x_t - s.alpha_s * math.expm1(-h) * x0
 
 
-def spaced(T: int, steps: int | str | None) -> list[int]:
-    """The kept timesteps of a chain of T, cleanest first (ADM's `timestep_respacing`).
+class Heun(Sampler):
+    """Heun's method on the probability flow (arXiv 2206.00364, algorithm 1, without churn).
 
-    Raises:
-        ValueError: `steps` is not understood, or cannot be had from T timesteps.
+    With xbar = x_t / alpha and s = sigma / alpha the flow is d xbar / ds = eps(x_t, t). Two network
+    calls a step but the last; each is the owner's of its own t.
+
+    Args:
+        steps: see `Sampler`.
+        clip: see `Sampler`.
     """
-    if steps is None:
-        return list(range(T))
-    text = str(steps)
-    integer_stride = text.startswith("ddim")
-    number = text.removeprefix("ddim")
-    if not number.isdecimal() or not 1 <= int(number) <= T:
-        raise ValueError(
-            f"steps = {steps!r} cannot be taken from {T} timesteps: "
-            f"give a number from 1 to {T}, or ddimN"
-        )
-    n = int(number)
-    if integer_stride:
-        for stride in range(1, T + 1):
-            if len(range(0, T, stride)) == n:
-                return list(range(0, T, stride))
-        raise ValueError(f"no integer stride takes {n} of {T} timesteps: give {n}, not ddim{n}")
-    stride = (T - 1) / max(n - 1, 1)
-    # Summed up and rounded half to even, as ADM does.
-    return [round(at) for at in accumulate([0.0] + [stride] * (n - 1))]
+
+    def __init__(self, steps: int | str | None = 18, clip: bool = True) -> None:
+        super().__init__(steps, clip)
+
+    def calls(self, process: NoiseProcess) -> Tensor:
+        visited = super().calls(process)
+        return torch.cat([visited[:1], visited[1:].repeat_interleave(2)])
+
+    def step(self, m: Moment) -> Tensor:
+        s, now = m.step, m.now
+        if s.sigma_s == 0:
+            return now.x0
+        width = s.sigma_s / s.alpha_s - s.sigma / s.alpha
+        ahead = m.ahead(s.alpha_s * now.x0 + s.sigma_s * now.eps)
+        return s.alpha_s * (m.x_t / s.alpha + width / 2 * (now.eps + ahead.eps))

@@ -69,7 +69,7 @@ class StackedDenoiser(NetworkDenoiser):
         self.size = len(networks)
 
     def output(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        x_t, t = (v.unflatten(0, (self.size, -1)) for v in (x_t, t))
+        x_t, t = (v.unflatten(0, (self.size, -1)) for v in (x_t, self.process.condition(t)))
         return self.network(x_t, t, y).flatten(0, 1)
 
     @torch.no_grad()

@@ -72,6 +72,11 @@ class Method(LightningModule, ABC):
         self.timesteps, self.weighting, self.partition = timesteps, weighting, partition
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.seeds = [seed] if seeds is None else list(seeds)
+        if self.timesteps.learns and len(self.seeds) > 1:
+            raise ValueError(
+                f"seeds {self.seeds} cannot be trained side by side by "
+                f"{type(timesteps).__name__}, which learns from one: train one seed a job"
+            )
         if len(set(self.seeds)) < max(1, len(self.seeds)):
             raise ValueError(f"seeds {self.seeds} name no run, or one twice: give different ones")
         networks = [_initialised(network, s, self.job) for s in self.seeds]
@@ -79,6 +84,7 @@ class Method(LightningModule, ABC):
             self.denoiser = NetworkDenoiser(*networks, process, prediction)
         else:
             self.denoiser = StackedDenoiser(networks, process, prediction)
+        self.timesteps.prepare(process, self.interval)
 
     @property
     def network(self) -> Network:
@@ -186,19 +192,28 @@ class Method(LightningModule, ABC):
         key = (self.job, self.global_rank, micro_batch)
         reseed(self.device, self.seeds[0], "network", *key)  # dropout
         draws = [
-            self._draw(x0, generator(self.device, seed, "noise", *key))
+            self._draw(x0, seed, key)
             for seed, x0 in zip(self.seeds, batch.x0.chunk(len(self.seeds)))
         ]
         t, importance, eps = (torch.cat(parts) for parts in zip(*draws))
         (mse, vb), prediction = self._losses(batch, t, eps)
         weight = self.weighting(self.process, t, self.denoiser.prediction).to(mse.dtype)
-        loss = (importance * (weight * mse + vb)).unflatten(0, (len(self.seeds), -1)).mean(1)
+        each = weight * mse + vb
+        if self.timesteps.learns:
+            told = self.all_gather(torch.stack([t.double(), each.detach().double()]))
+            at, of_all = told.reshape(-1, 2, len(t)).unbind(1)
+            self.timesteps.update(at.flatten().long(), of_all.flatten())
+        loss = (importance * each).unflatten(0, (len(self.seeds), -1)).mean(1)
         loss = (loss + self.regularised(prediction)).sum()
         return {"loss": loss, "mse": mse.detach(), "vb": vb.detach(), "t": t}
 
-    def _draw(self, x0: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _draw(
+        self, x0: Tensor, seed: int, key: tuple[int | str, ...]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """t [B], importance [B] and eps [B, ...] for the items of one seed."""
-        t, importance = self.timesteps.sample(len(x0), self.interval, noise, self.process)
+        noise = generator(self.device, seed, "noise", *key)
+        shared = generator(self.device, seed, "shared", self.job, self.trainer.global_step)
+        t, importance = self.timesteps.sample(len(x0), self.interval, noise, self.process, shared)
         return t, importance, torch.randn(x0.shape, generator=noise, device=x0.device)
 
     def regularised(self, prediction: Prediction) -> Tensor | float:

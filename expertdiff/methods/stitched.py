@@ -16,7 +16,7 @@ from expertdiff.bundle import Bundle
 from expertdiff.data.base import Batches
 from expertdiff.describe import describe
 from expertdiff.diffusion.samplers import SampleNoise, Sampler
-from expertdiff.evaluation.judge import Judge
+from expertdiff.evaluation.judge import Judge, Reference
 from expertdiff.evaluation.kinds import PointKind, kind
 from expertdiff.files import sha256_of, write_json
 from expertdiff.loggers import JsonLines
@@ -133,7 +133,8 @@ class Stitched(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         e, bundle = self.evaluation, self.bundle
-        reference, metric = self._real["reference"], self._judge.metric
+        against, fresh = self._real
+        reference, metric = against.summary, self._judge.metric
         drawn = [self._judge.summary(self._gathered(torch.cat(self._features[s]))) for s in e.seeds]
         distances = [self._judge.distances(summary, reference) for summary in drawn]
         spreads = {name: _spread([d[name] for d in distances]) for name in distances[0]}
@@ -143,9 +144,9 @@ class Stitched(LightningModule):
             return
         experts = bundle.manifest["experts"]
         process = self.denoiser.process
-        visited = torch.tensor(e.sampler.timesteps(process.T))
+        visited = e.sampler.calls(process)
         owners = bundle.partition.index(process.progress(visited))
-        floors = self._judge.distances(self._real["fresh"], reference)
+        floors = self._judge.distances(fresh, reference)
         result = {
             "name": self.output.name,
             "metric": metric,
@@ -157,11 +158,11 @@ class Stitched(LightningModule):
             "sampler": describe(e.sampler),
             "nfe": len(visited),
             "calls": owners.bincount(minlength=len(bundle.partition)).tolist(),
-            "reference": self.trainer.datamodule.reference,
-            "reference_samples": self._counts["reference"],
+            "reference": against.name,
+            "reference_samples": against.count,
             "floor": floors.pop(metric),
             "further_floors": floors,
-            "floor_samples": self._counts["fresh"],
+            "floor_samples": self._fresh,
             "extractor": self._judge.identity,
             "precision": str(self.trainer.precision),
             "ema_decay": experts[0]["identity"]["ema"]["decay"],
@@ -180,9 +181,8 @@ class Stitched(LightningModule):
         error = f" ± {std:.3f}" if std is not None else ""
         print(
             f"{metric} {mean:.3f}{error} over sampling seeds {list(e.seeds)} "
-            f"(n = {e.samples}, {len(visited)} steps of {type(e.sampler).__name__}, against "
-            f"{result['reference_samples']} {result['reference']} items; real ones of the other "
-            f"split: {result['floor']:.3f})\nresults: {self.output / 'metrics.json'}"
+            f"(n = {e.samples}, {len(visited)} calls of {type(e.sampler).__name__}, against "
+            f"{against.text}; real ones of the other split: {result['floor']:.3f})\nresults: {self.output / 'metrics.json'}"
         )
 
     def predict_step(
@@ -200,18 +200,16 @@ class Stitched(LightningModule):
         padded = F.pad(features, (0, 0, 0, most - len(features)))
         return self.all_gather(padded).transpose(0, 1).flatten(0, 1)[: self.evaluation.samples]
 
-    def _summaries(self) -> dict[str, Any]:
-        """Of the reference, and of as many real items of the other split as are drawn: a floor."""
+    def _summaries(self) -> tuple[Reference, Any]:
+        """The reference, and of as many real items of the other split as are drawn: a floor."""
         data = self.trainer.datamodule
         other = "train" if data.reference == "validation" else "validation"
-        items = {
-            "reference": data.split("reference")[0],
-            "fresh": data.split(other)[0][: self.evaluation.samples],
-        }
-        self._counts = {name: len(part) for name, part in items.items()}
+        items, fresh = data.split("reference")[0], data.split(other)[0][: self.evaluation.samples]
+        self._fresh = len(fresh)
 
-        def summaries() -> dict[str, Any]:
-            return {name: self._judge.real(part, self.device) for name, part in items.items()}
+        def summaries() -> tuple[Reference, Any]:
+            reference = self._judge.reference(data.reference, items, self.device)
+            return reference, self._judge.real(fresh, self.device)
 
         # One rank computes what all need; the others may find it on disk.
         mine = summaries() if self.trainer.is_global_zero else None
