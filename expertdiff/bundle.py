@@ -53,6 +53,10 @@ class Expert:
         """The part of the chain it was trained on."""
         return Interval(*self.identity["interval"])
 
+    def denoiser(self) -> NetworkDenoiser:
+        """It alone, on the CPU, in evaluation mode."""
+        return _denoiser(self.identity, self.weights, self.path).eval().requires_grad_(False)
+
     @classmethod
     def read(cls, source: Path, seed: int | None = None) -> "Expert":
         """From a training run's folder (its newest checkpoint), a checkpoint, or a bundle's file.
@@ -141,14 +145,11 @@ class Bundle:
         folder = Path(folder)
         manifest = _read_manifest(folder)
         shared, partition = manifest["shared"], Partition(manifest["partition"])
-        process = build(shared["process"], NoiseProcess)
-        prediction = build(shared["prediction"], PredictionType)
         denoisers: dict[str, Denoiser] = {}
         for entry in manifest["experts"]:
-            if entry["file"] not in denoisers:
+            if (file := entry["file"]) not in denoisers:
                 weights = _read_weights(folder, entry)
-                network = _network(shared["network"], weights, folder / entry["file"])
-                denoisers[entry["file"]] = NetworkDenoiser(network, process, prediction)
+                denoisers[file] = _denoiser(shared, weights, folder / file)
         experts = [denoisers[entry["file"]] for entry in manifest["experts"]]
         denoiser = experts[0] if len(denoisers) == 1 else RoutedExperts(experts, partition)
         return cls(denoiser.eval().requires_grad_(False), manifest, folder)
@@ -181,7 +182,7 @@ class Bundle:
         experts = [Expert.read(source, seed) for source in sources]
         if not experts:
             raise ValueError("no expert was given: name at least one training run")
-        _check_together(experts, allow_unfinished)
+        check_together(experts, allow_unfinished)
         if partition is None:
             # The finest: a baseline beside experts has the whole chain as its own.
             partition = Partition(max((e.identity["partition"] for e in experts), key=len))
@@ -219,6 +220,12 @@ class Bundle:
         return cls.load(output)
 
 
+def _denoiser(identity: dict[str, Any], weights: dict[str, Tensor], path: Path) -> NetworkDenoiser:
+    network = _network(identity["network"], weights, path)
+    process = build(identity["process"], NoiseProcess)
+    return NetworkDenoiser(network, process, build(identity["prediction"], PredictionType))
+
+
 def _network(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Network:
     network = build(description, Network)
     expected = network.state_dict()
@@ -244,7 +251,8 @@ def _check_weights(path: Path, weights: dict[str, Tensor]) -> None:
             )
 
 
-def _check_together(experts: Sequence[Expert], allow_unfinished: bool) -> None:
+def check_together(experts: Sequence[Expert], allow_unfinished: bool = False) -> None:
+    """Raises a ValueError unless these experts can be parts of one model."""
     first = experts[0]
     for expert in experts:
         for key in SHARED:

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
 from typing import Any, TextIO
 
 import torch
@@ -18,8 +19,11 @@ import yaml
 from tqdm import tqdm
 
 from expertdiff import checkpoints
+from expertdiff.analysis.mixes import Mixer
+from expertdiff.budgets import Adaptive, Budget, as_budget
 from expertdiff.bundle import Bundle
-from expertdiff.describe import build, differences
+from expertdiff.data.base import Data
+from expertdiff.describe import build, describe, differences
 from expertdiff.diffusion.partition import Partition
 from expertdiff.files import read_json, sha256_of, write_json, write_text
 from expertdiff.loggers import read_metrics
@@ -114,6 +118,7 @@ def launch(
     """
     arguments = config["model"]["init_args"]
     partition = build(arguments["partition"], Partition)
+    budget = as_budget(study.budget)
     if arguments["seeds"] is not None:
         raise ValueError(
             f"model.seeds {arguments['seeds']} cannot be launched, because a study has one seed: "
@@ -130,11 +135,10 @@ def launch(
         jobs.append(_fit_job(study, config, job, study.iterations))
     _claim(study, config, data, partition, jobs)
 
-    unfinished = [job for job in jobs if not finished(job)]
-    for job in jobs:
-        if job not in unfinished:
-            print(f"{job.name}: finished before ({job.steps} steps)")
-    run(sorted(unfinished, key=lambda job: -job.steps), parallel)
+    if experts and isinstance(budget, Adaptive):
+        Rounds(study, config, budget, partition, parallel).train(jobs)
+    else:
+        train(jobs, parallel)
 
     whole = [job for job in jobs if not job.name.startswith("expert-")]
     trained = {"stitched": [job for job in jobs if job not in whole]}
@@ -154,6 +158,135 @@ def launch(
     report = write_report(study.folder)
     print(f"report: {report}")
     return report
+
+
+def train(jobs: list[Job], parallel: int | None) -> None:
+    """Runs those that are not finished, the longest first."""
+    unfinished = [job for job in jobs if not finished(job)]
+    for job in jobs:
+        if job not in unfinished:
+            print(f"{job.name}: finished before ({job.steps} steps)")
+    run(sorted(unfinished, key=lambda job: -job.steps), parallel)
+
+
+class Rounds:
+    """Experts trained in rounds, after each of which an adaptive budget is decided anew.
+
+    ``ledger.json`` holds every decision and what it was decided by. The experts as they stood after
+    round k are a bundle in ``rounds/k``.
+
+    Args:
+        study: names, folders, total iterations.
+        config: the resolved configuration of ``fit``.
+        budget: the rule.
+        partition: the experts' intervals.
+        parallel: jobs at a time.
+
+    Raises:
+        ValueError: a learning rate that depends on the length of the training, a study without
+            judge but with check points, or a ledger of another study.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        config: dict[str, Any],
+        budget: Adaptive,
+        partition: Partition,
+        parallel: int | None,
+    ) -> None:
+        self.study, self.config, self.budget = study, config, budget
+        self.partition, self.parallel = partition, parallel
+        scheduler = config["model"]["init_args"]["lr_scheduler"]
+        if scheduler and scheduler.get("init_args", {}).get("T_max") == 0:
+            raise ValueError(
+                "an adaptive budget cannot have a learning rate that ends with the run (T_max 0), "
+                "because its length is not known at the start: choose another lr_scheduler"
+            )
+        self.path = study.folder / "ledger.json"
+        settings = read_json(study.folder / "study.json")["settings"]
+        del settings["steps"]  # of a baseline too, which may be added later
+        start = budget.start(partition, study.iterations, settings)
+        self.ledger = read_json(self.path) if self.path.is_file() else [start]
+        budget.replay(self.ledger, start)
+
+    def train(self, jobs: list[Job]) -> None:
+        """All rounds, the baseline beside the first; sets the steps of each expert's job."""
+        experts = [job for job in jobs if job.name.startswith("expert-")]
+        others = [job for job in jobs if job not in experts]
+        while True:
+            last, now = self.ledger[-1], len(self.ledger)
+            for job, steps in zip(experts, last["until"]):
+                job.steps = steps
+                # Validated once, at the end of the round: that is what is decided by.
+                job.config["trainer"]["val_check_interval"] = steps
+                job.config["study"]["budget"] = last["until"]
+            print(f"round {now}: experts to {last['until']} steps")
+            train([*experts, *others], self.parallel)
+            others = []
+            Bundle.stitch([job.folder for job in experts], self._round(now))
+            if last["until"] == last["budgets"]:
+                self._tell(experts)
+                return
+            self.ledger.append(self.budget.next(self.ledger, self._observed(experts)))
+            write_json(self.path, self.ledger)
+
+    def _tell(self, experts: list[Job]) -> None:
+        """What was decided in the end, for the report."""
+        path = self.study.folder / "study.json"
+        record = read_json(path)
+        for job in experts:
+            record["jobs"][job.name]["iterations"] = job.steps
+        write_json(path, record)
+
+    def _round(self, k: int) -> Path:
+        return self.study.folder / "rounds" / str(k)
+
+    def _observed(self, experts: list[Job]) -> dict[str, Any]:
+        """What the next decision needs: losses, and at a check point distances."""
+        last, now = self.ledger[-1], len(self.ledger)
+        losses = [_validated(job, e) for e, job in enumerate(experts)]
+        if last["check"] is None:
+            return {"losses": losses}
+        before = next(
+            k for k, entry in enumerate(self.ledger, 1) if entry["until"] == last["check"]
+        )
+        then, ahead = (
+            [self._round(k) / f"{e:02d}.safetensors" for e in range(len(experts))]
+            for k in (before, now)
+        )
+        mixes = {"all": then}
+        for e in range(len(experts)):
+            mixes[str(e)] = [*then[:e], ahead[e], *then[e + 1 :]]
+        scores = self._mixer().score(mixes)
+        distances = {name: mean(next(iter(score.values()))) for name, score in scores.items()}
+        advanced = [distances[str(e)] for e in range(len(experts))]
+        return {"losses": losses, "distance": distances["all"], "advanced": advanced}
+
+    def _mixer(self) -> Mixer:
+        return Mixer(
+            self.partition,
+            self.study.evaluation,
+            build(self.config["data"], Data),
+            self.study.folder / "scores.json",
+            str(self.config["trainer"]["precision"]),
+        )
+
+
+def _validated(job: Job, expert: int) -> float:
+    """The loss of an expert in its interval at the end of its last round."""
+    key = f"val/mse/{expert}"
+    losses = {
+        line["step"]: line[key]
+        for line in read_metrics(job.folder / "metrics.jsonl")
+        if key in line
+    }
+    if job.steps not in losses:
+        raise ValueError(
+            f"{job.folder} was not validated at step {job.steps}, by which an adaptive budget "
+            "decides: keep the LossByInterval callback, JsonLines logger and limit_val_batches"
+        )
+    return losses[job.steps]
 
 
 def _fit_job(
@@ -223,6 +356,8 @@ def _claim(
         ours[key] = config["trainer"][key]
     ours |= {"batch_size": config["data"]["init_args"]["batch_size"], "data": data}
     ours["steps"] = {job.name: job.steps for job in jobs}
+    if isinstance(study.budget, Budget):
+        ours["budget"] = describe(study.budget)
     if path.is_file():
         theirs = read_json(path)["settings"]
         # A baseline may be added or left out later.

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from expertdiff.budgets import Budget, as_budget
 from expertdiff.diffusion.partition import Partition
 from expertdiff.methods.base import Method
 from expertdiff.methods.mdm import MDM
@@ -18,7 +19,8 @@ class Study:
         name: its folder is ``<root>/<name>``, one folder a job inside it.
         root: where studies lie.
         iterations: optimizer steps of the baseline, and of all experts together.
-        budget: steps of each expert, cleanest first; by default in proportion to its interval.
+        budget: steps of each expert, cleanest first, or a rule for them, as `Adaptive`; by default
+            in proportion to its interval.
         baseline: whether `launch` also trains a single network.
         evaluation: how `launch` judges the stitched experts and the baseline.
     """
@@ -26,7 +28,8 @@ class Study:
     name: str = "study"
     root: Path = Path("runs")
     iterations: int = 10_000
-    budget: Sequence[int] | None = None
+    # Budget first: of a union, the parser tells the first one's errors.
+    budget: Budget | Sequence[int] | None = None
     baseline: bool = True
     evaluation: Evaluation | None = None
 
@@ -42,29 +45,9 @@ class Study:
         return self.iterations
 
     def budgets(self, partition: Partition) -> list[int]:
-        """Optimizer steps of each expert.
+        """Optimizer steps of each expert; of an adaptive budget, before anything was trained.
 
         Raises:
-            ValueError: the explicit budget does not fit the partition or the total.
+            ValueError: the budget does not fit the partition or the total.
         """
-        if self.budget is None:
-            # Rounded at the edges, so that the sum is the total.
-            ends = [round(edge * self.iterations) for edge in partition.edges]
-            budgets = [hi - lo for lo, hi in zip(ends, ends[1:])]
-            if min(budgets) < 1:
-                raise ValueError(
-                    f"study.iterations = {self.iterations} in proportion to {partition} leaves "
-                    f"{budgets} steps: give more, or a study.budget"
-                )
-            return budgets
-        if len(self.budget) != len(partition):
-            raise ValueError(
-                f"study.budget {list(self.budget)} names {len(self.budget)} experts, "
-                f"{partition} has {len(partition)}: give one number an expert"
-            )
-        if min(self.budget) < 1 or sum(self.budget) > self.iterations:
-            raise ValueError(
-                f"study.budget {list(self.budget)} must be positive and sum to at most "
-                f"study.iterations = {self.iterations}, the baseline's total"
-            )
-        return list(self.budget)
+        return as_budget(self.budget).allot(partition, self.iterations)

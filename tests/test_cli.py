@@ -3,6 +3,7 @@
 import ast
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,13 +13,21 @@ from conftest import ROOT, TINY
 
 import expertdiff
 from expertdiff import checkpoints, files
-from expertdiff.cli import ConfigOnly, main
+from expertdiff.cli import main
 from expertdiff.describe import build
 from expertdiff.diffusion.partition import Partition
+from expertdiff.expert_cli import ConfigOnly
 
 SMALL = ROOT / "configs/cifar10/small.yaml"
 """Laid over another."""
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def layers(path: Path) -> list[list[Path]]:
+    """`path` over each of the configs that its first line names, or alone."""
+    first, _, _ = path.read_text().partition("\n")
+    under = re.findall(r"\w+\.yaml", first) if first.startswith("# Laid over") else []
+    return [[path.with_name(name), path] for name in under] or [[path]]
 
 
 def refused(capsys, *args) -> str:
@@ -32,10 +41,13 @@ def refused(capsys, *args) -> str:
     return error
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
-def test_every_shipped_config_parses(path):
-    below = ["--config", str(path.with_name("mdm.yaml"))] if path == SMALL else []
-    cli = ConfigOnly([*below, "--config", str(path)])
+@pytest.mark.parametrize(
+    "configs",
+    [configs for path in CONFIGS for configs in layers(path)],
+    ids=lambda configs: "+".join(str(path.relative_to(ROOT / "configs")) for path in configs),
+)
+def test_every_shipped_config_parses(configs):
+    cli = ConfigOnly([part for path in configs for part in ("--config", str(path))])
     assert cli.study.evaluation is not None
     assert sum(cli.study.budgets(partition_of(cli))) == cli.study.iterations
 
@@ -296,13 +308,14 @@ class TestCheckpoints:
 LAYERS = [
     {"seeds", "describe", "files", "look"},
     {"diffusion", "networks", "checkpoints"},
-    {"experts", "data", "evaluation"},
+    {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},
     {"methods"},
     {"analysis"},
     {"callbacks", "study", "report"},
-    {"launch", "verbs"},
-    {"tables"},
+    {"launch", "verbs", "measure", "studies"},
+    {"tables", "expert_cli"},
+    {"config_verbs"},
     {"cli"},
     {"__main__"},
 ]

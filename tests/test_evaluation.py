@@ -1,7 +1,4 @@
-import hashlib
-import io
 import os
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +8,9 @@ import torch
 from PIL import Image
 
 from expertdiff.describe import build, describe
-from expertdiff.evaluation.features import FeatureExtractor, Inception, Pixels
-from expertdiff.evaluation.frechet import Statistics, cached_statistics, frechet_distance
+from expertdiff.evaluation.cache import cached
+from expertdiff.evaluation.features import FeatureExtractor, Pixels
+from expertdiff.evaluation.frechet import Statistics, frechet_distance
 from expertdiff.evaluation.images import load_npz, save_grid, save_npz, to_uint8
 
 
@@ -195,33 +193,50 @@ def test_too_few_images_are_refused(count):
         Statistics.of(torch.zeros(count, 8))
 
 
+def test_statistics_of_unknown_count_are_the_larger_set():
+    """As of a file: the set that is known to be small is the one that is factored."""
+    few, many = Statistics.of(features(20, 60, seed=1)), Statistics.of(features(300, 60, seed=2))
+    unknown = Statistics(many.mean, many.cov, None)
+    assert frechet_distance(few, unknown) == frechet_distance(few, many)
+    assert frechet_distance(unknown, few) == frechet_distance(few, many)
+    assert frechet_distance(unknown, unknown) < 1e-9 * many.cov.trace()
+
+
 def test_features_of_different_extractors_are_refused():
     with pytest.raises(ValueError, match="of 8 and of 9 dimensions"):
         frechet_distance(Statistics.of(torch.rand(5, 8)), Statistics.of(torch.rand(5, 9)))
 
 
-# Reference statistics on disk ---------------------------------------------------------------------
+# What was computed of real images, on disk --------------------------------------------------------
 
 KEY = dict(data_digest="d1", count=30, resolution=8, extractor="pixels")
 
 
-def cached(folder, seed=1, **changes):
+def values(seed):
+    return {"pool.mean": features(30, 8, seed).float(), "pool.count": 30, "score": seed + 0.1}
+
+
+def kept(folder, seed=1, **changes):
     """What the cache returns when `seed` is what would be computed, and whether it was computed."""
     computed = []
 
     def compute():
         computed.append(seed)
-        return Statistics.of(features(30, 8, seed))
+        return values(seed)
 
-    return cached_statistics(folder, compute, **KEY | changes), bool(computed)
+    return cached(folder, compute, **KEY | changes), bool(computed)
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 def test_cache_computes_once_and_returns_the_same_bits(tmp_path):
-    first, computed = cached(tmp_path / "new")
-    again, computed_again = cached(tmp_path / "new", seed=2)
-    assert computed and not computed_again
-    assert torch.equal(first.mean, again.mean) and torch.equal(first.cov, again.cov)
-    assert again.count == first.count and again.cov.dtype == torch.float64
+    first, computed = kept(tmp_path / "new")
+    again, computed_again = kept(tmp_path / "new", seed=2)
+    assert computed and not computed_again and equal(first, again)
+    assert again["pool.mean"].dtype == torch.float32
+    assert type(again["pool.count"]) is int and type(again["score"]) is float
     assert len(list((tmp_path / "new").iterdir())) == 1
 
 
@@ -230,36 +245,36 @@ def test_cache_computes_once_and_returns_the_same_bits(tmp_path):
     [{"data_digest": "d2"}, {"count": 31}, {"resolution": 9}, {"extractor": "pixels, other"}],
 )
 def test_whatever_the_numbers_depend_on_names_another_file(tmp_path, change):
-    cached(tmp_path)
-    other, computed = cached(tmp_path, seed=2, **change)
-    assert computed and torch.equal(other.cov, Statistics.of(features(30, 8, 2)).cov)
+    kept(tmp_path)
+    other, computed = kept(tmp_path, seed=2, **change)
+    assert computed and equal(other, values(2))
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_broken_or_renamed_cache_is_computed_again(tmp_path):
-    cached(tmp_path)
+    kept(tmp_path)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     for size in range(0, len(whole), 97):
         path.write_bytes(whole[:size])
-        statistics, computed = cached(tmp_path, seed=2)
-        assert computed and torch.equal(statistics.cov, Statistics.of(features(30, 8, 2)).cov)
-        assert not cached(tmp_path)[1]
+        found, computed = kept(tmp_path, seed=2)
+        assert computed and equal(found, values(2))
+        assert not kept(tmp_path)[1]
     path.write_bytes(whole)
-    cached(tmp_path, seed=2, data_digest="d2")
+    kept(tmp_path, seed=2, data_digest="d2")
     (other,) = set(tmp_path.iterdir()) - {path}
     os.replace(other, path)
-    assert cached(tmp_path)[1]
+    assert kept(tmp_path)[1]
 
 
 def test_cache_survives_another_process_that_finishes_first(tmp_path):
     def compute():
-        cached(tmp_path)
-        return Statistics.of(features(30, 8, seed=1))
+        kept(tmp_path)
+        return values(1)
 
-    statistics = cached_statistics(tmp_path, compute, **KEY)
-    stored, computed = cached(tmp_path)
-    assert not computed and torch.equal(stored.cov, statistics.cov)
+    found = cached(tmp_path, compute, **KEY)
+    stored, computed = kept(tmp_path)
+    assert not computed and equal(stored, found)
     assert len(list(tmp_path.iterdir())) == 1
 
 
@@ -280,6 +295,21 @@ def test_extractors_refuse_what_is_not_an_image_in_bytes(wrong):
         Pixels()(wrong)
 
 
+def test_reference_is_the_datas_own_split_or_a_file_of_the_same_resolution(tmp_path):
+    pixels, cpu = Pixels(), torch.device("cpu")
+    x = images(230, 1, 8, 8)
+    own = pixels.reference("validation", x, cpu)
+    assert own.name == "validation" and own.count == 230 and own.text == "validation (230 items)"
+    save_npz(x, tmp_path / "real.npz")
+    file = pixels.read(tmp_path / "real.npz", (1, 8, 8), cpu)
+    assert file.name.startswith("real.npz, sha256 ") and file.count == 230
+    assert pixels.distances(file.summary, own.summary) == {"FD-pixels": 0}
+    with pytest.raises(
+        ValueError, match=r"real.npz holds .*\[1, 8, 8\].*samples are \[1, 16, 16\]"
+    ):
+        pixels.read(tmp_path / "real.npz", (1, 16, 16), cpu)
+
+
 class Probe(Pixels):
     """A matrix product of its pixels, which autocast would round."""
 
@@ -294,130 +324,3 @@ def test_features_are_float32_inside_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = Probe()(x)
     assert inside.dtype == torch.float32 and torch.equal(inside, Probe()(x))
-
-
-def untrained_inception():
-    """torch-fidelity's own network with random weights and running statistics."""
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-    class Untrained(FeatureExtractorInceptionV3):
-        def load_state_dict(self, state_dict):
-            pass
-
-    nothing = io.BytesIO()
-    torch.save({}, nothing)
-    nothing.seek(0)
-    torch.manual_seed(0)
-    network = Untrained("inception-v3-compat", ["2048"], nothing)
-    for name, weight in network.state_dict().items():
-        if "conv" in name:
-            torch.nn.init.kaiming_normal_(weight, nonlinearity="relu")
-        elif weight.ndim == 1:
-            weight.uniform_(0.5, 1.5)
-    return network
-
-
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory):
-    """A network, its weights without the classifier, and our extractor of the file of these."""
-    network = untrained_inception()
-    path = tmp_path_factory.mktemp("weights") / "untrained.pth"
-    weights = {name: w for name, w in network.state_dict().items() if not name.startswith("fc.")}
-    torch.save(weights, path)
-    return network, weights, Inception(str(path))
-
-
-def test_inception_is_torch_fidelitys_network(untrained):
-    network, _, inception = untrained
-    x = images(2, 3, 32, 32)
-    x[1] //= 4
-    (expected,) = network(x)
-    found = inception(x)
-    assert found.shape == (2, 2048) and found.dtype == torch.float32
-    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
-    # Else the random network forgot its input, and the comparison says nothing.
-    assert expected.std(0).mean() > 1e-2 * expected.abs().max()
-    grey = x[:, :1]
-    assert torch.equal(inception(grey), inception(grey.repeat(1, 3, 1, 1)))
-    assert inception.metric == "FID" and len(inception.state_dict()) == 0
-
-
-def test_inceptions_identity_names_its_weights(untrained, tmp_path):
-    _, weights, inception = untrained
-    assert hashlib.sha256(inception.weights.read_bytes()).hexdigest() in inception.identity
-    name = "Mixed_7c.branch_pool.bn.bias"
-    torch.save({**weights, name: weights[name] + 1}, tmp_path / "other.pth")
-    assert inception.identity != Inception(tmp_path / "other.pth").identity
-
-
-def test_inception_refuses_other_weights(untrained, tmp_path):
-    _, weights, _ = untrained
-    name = "Mixed_7c.branch_pool.bn.bias"
-    missing = {key: weight for key, weight in weights.items() if key != name}
-    wrong = {
-        "not finite": {**weights, name: weights[name] * float("nan")},
-        f'Missing key.*"{name}"': missing,
-        "Unexpected key": {**weights, "extra": torch.zeros(1)},
-        "size mismatch": {**weights, name: torch.zeros(7)},
-        "no state dict": [1, 2],
-        "no state dict of tensors": {"model": dict(weights=torch.zeros(1))},
-    }
-    path = tmp_path / "wrong.pth"
-    for reason, content in wrong.items():
-        torch.save(content, path)
-        inception = Inception(path)
-        with pytest.raises(ValueError, match=reason) as raised:
-            inception.identity  # noqa: B018
-        assert "wrong.pth" in str(raised.value) and "\n" not in str(raised.value)
-
-
-def test_inception_refuses_damaged_and_absent_files(tmp_path):
-    path = tmp_path / "cut.pth"
-    torch.save({"a": torch.zeros(1000)}, path)
-    whole = path.read_bytes()
-    for size in (0, 20, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="cut.pth cannot be loaded"):
-            Inception(path)(images(1, 3, 8, 8))
-    with pytest.raises(ValueError, match="weights=.*absent.pth is not a file"):
-        Inception(tmp_path / "absent.pth")
-
-
-@pytest.mark.parametrize("zipped", [True, False])
-def test_inception_executes_nothing_of_a_malicious_file(tmp_path, zipped):
-    bomb = Bomb(tmp_path / "mark")
-    torch.save({"a": bomb}, tmp_path / "bomb.pth", _use_new_zipfile_serialization=zipped)
-    assert zipfile.is_zipfile(tmp_path / "bomb.pth") == zipped
-    with pytest.raises(ValueError, match="never run"):
-        Inception(tmp_path / "bomb.pth").identity  # noqa: B018
-    assert not (tmp_path / "mark").exists()
-
-
-def test_inception_without_internet_names_the_file_and_the_argument(tmp_path, monkeypatch):
-    def offline(url, destination):
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    inception = Inception()
-    with pytest.raises(ValueError, match=r"weights-inception-2015-12-05.*argument weights"):
-        inception(images(1, 3, 8, 8))
-
-
-def test_fid_of_real_images_equals_torch_fidelitys():
-    folder = os.environ.get("EXPERTDIFF_DATA")
-    if folder is None:
-        pytest.skip("EXPERTDIFF_DATA names no folder with CIFAR-10 and Inception weights")
-    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-
-    weights = next(Path(folder).glob("weights-inception-2015-12-05-*.pth"))
-    raw = np.fromfile(Path(folder, "cifar-10-batches-bin", "test_batch.bin"), np.uint8, 16 * 3073)
-    x = torch.from_numpy(raw.reshape(16, 3073)[:, 1:].reshape(16, 3, 32, 32).copy())
-    ours = Inception(weights)(x)
-    stock = FeatureExtractorInceptionV3("stock", ["2048"], str(weights))
-    assert (ours[:8] - stock(x[:8])[0]).abs().max() < 1e-4
-    halves = [fid_features_to_statistics(half.double()) for half in (ours[:8], ours[8:])]
-    theirs = fid_statistics_to_metric(*halves, verbose=False)["frechet_inception_distance"]
-    distance = frechet_distance(Statistics.of(ours[:8]), Statistics.of(ours[8:]))
-    assert distance == pytest.approx(theirs, rel=1e-3)

@@ -214,7 +214,7 @@ class TestTable:
 
     @pytest.mark.parametrize("name", sorted(path.stem for path in plan.PRESETS.glob("*.yaml")))
     def test_every_preset_is_what_fit_takes(self, name, tmp_path):
-        from expertdiff.cli import ConfigOnly
+        from expertdiff.expert_cli import ConfigOnly
 
         for cell in plan.Plan(name, tmp_path, sets=["moons"]).groups()[0]:
             path = tmp_path / "cell.yaml"

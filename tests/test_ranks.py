@@ -12,8 +12,8 @@ from conftest import TINY
 
 from expertdiff import checkpoints
 from expertdiff.checkpoints import RAW
-from expertdiff.cli import ConfigOnly
 from expertdiff.data.base import Batch
+from expertdiff.expert_cli import ConfigOnly
 from expertdiff.methods.base import Method
 
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]

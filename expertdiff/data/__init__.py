@@ -16,6 +16,7 @@ from expertdiff.data.densities import (
     Spirals,
 )
 from expertdiff.data.folder import ImageFolder
+from expertdiff.data.imagenet32 import ImageNet32
 from expertdiff.data.images import CIFAR10, Digits, FashionMNIST, Images
 from expertdiff.data.toys import Toy2D
 
@@ -31,6 +32,7 @@ __all__ = [
     "FashionMNIST",
     "Gaussians",
     "ImageFolder",
+    "ImageNet32",
     "Images",
     "Line",
     "Moons",

@@ -146,16 +146,23 @@ def decode(path: Path, channels: int, size: int) -> np.ndarray:
     Raises:
         ValueError: it cannot be decoded.
     """
+    image = ImageOps.fit(upright(path, channels), (size, size), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
+
+
+def upright(path: Path, channels: int) -> Image.Image:
+    """The picture of a file in its own size, 8 bits, of 3 channels or 1.
+
+    Raises:
+        ValueError: it cannot be decoded.
+    """
     try:
         with Image.open(path) as file:
-            image = eight_bits(ImageOps.exif_transpose(file)).convert(
-                "RGB" if channels == 3 else "L"
-            )
+            image = eight_bits(ImageOps.exif_transpose(file))
+            return image.convert("RGB" if channels == 3 else "L")
     except Exception as error:  # a damaged file makes PIL raise nearly anything
         reason = str(error).partition("\n")[0]
         raise ValueError(f"cannot decode {path} ({reason}): repair or remove it") from error
-    image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image).reshape(size, size, channels).transpose(2, 0, 1)
 
 
 def eight_bits(image: Image.Image) -> Image.Image:

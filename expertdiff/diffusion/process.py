@@ -233,7 +233,7 @@ class ContinuousProcess(NoiseProcess, ABC):
 class VPSDE(ContinuousProcess):
     """dx = -beta x / 2 dt + sqrt(beta) dw, beta linear in t (arXiv 2011.13456, eq. 11).
 
-    With B(t) = beta_min t + (beta_max - beta_min) t^2 / 2: alpha^2 = exp(-B), sigma^2 = 1 - exp(-B).
+    With B(t) = beta_min t + (beta_max - beta_min) t^2 / 2, alpha^2 = exp(-B) = 1 - sigma^2.
 
     Args:
         beta_min: at t = 0.

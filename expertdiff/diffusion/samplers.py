@@ -110,14 +110,12 @@ class State(NamedTuple):
         t: of the chain; -1 at its end.
         x_t: [B, ...]; the samples at its end.
         before: the prediction one step earlier, where the sampler looks at it.
-        prediction: at t; at the end that of the last step.
     """
 
     k: int
     t: float
     x_t: Tensor
     before: Prediction | None
-    prediction: Prediction
 
 
 class Sampler(Described, ABC):
@@ -152,7 +150,7 @@ class Sampler(Described, ABC):
         y: Tensor | None = None,
         start: State | None = None,
     ) -> Iterator[State]:
-        """The states of the chain, each before its step; the last has t = -1 and the samples.
+        """The states of the chain, each before its network call; the last has the samples.
 
         Args:
             denoiser: the model.
@@ -179,8 +177,8 @@ class Sampler(Described, ABC):
         x = start.x_t if start else process.prior_std * noise(0)
         before = start.before if start else None
         for k in range(first, len(steps)):
+            yield State(k, visited[k].item(), x, before)
             now = predict(x, k)
-            yield State(k, visited[k].item(), x, before, now)
             moment = Moment(
                 x_t=x,
                 now=now,
@@ -192,7 +190,7 @@ class Sampler(Described, ABC):
                 ahead=lambda x_s, k=k: predict(x_s, k + 1),
             )
             x, before = self.step(moment), now if self.multistep else None
-        yield State(len(steps), -1, x, before, now)
+        yield State(len(steps), -1, x, before)
 
     def __call__(self, denoiser: Denoiser, noise: SampleNoise, y: Tensor | None = None) -> Tensor:
         """Samples [B, ...]: data in [-1, 1], where x0 is clipped."""

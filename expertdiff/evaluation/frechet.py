@@ -1,16 +1,12 @@
-"""The Frechet distance between two sets of features, and reference statistics kept on disk."""
+"""The Frechet distance between two sets of features."""
 
-import hashlib
-import json
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.linalg.lapack import dpstrf
 from torch import Tensor
-
-from expertdiff.files import replacing
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +16,7 @@ class Statistics:
     Attributes:
         mean: [D], float64.
         cov: [D,D], float64, divided by count - 1.
-        count: how many images; at least 2.
+        count: how many images, at least 2; ``None`` where a file does not tell.
 
     Raises:
         ValueError: fewer than 2 images, shapes that do not fit, or values that are not finite.
@@ -28,10 +24,10 @@ class Statistics:
 
     mean: Tensor
     cov: Tensor
-    count: int
+    count: int | None
 
     def __post_init__(self) -> None:
-        if self.count < 2:
+        if self.count is not None and self.count < 2:
             raise ValueError(f"statistics of {self.count} images: a covariance needs at least 2")
         if self.mean.ndim != 1 or self.cov.shape != 2 * self.mean.shape:
             shapes = f"mean {list(self.mean.shape)} and covariance {list(self.cov.shape)}"
@@ -65,7 +61,7 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
             "use one extractor and one resolution for both sets"
         )
     # The set of fewer images has the lower rank: less rounding, and the same number for (b, a).
-    fewer, more = sorted((a, b), key=lambda statistics: statistics.count)
+    fewer, more = sorted((a, b), key=lambda statistics: statistics.count or math.inf)
     factor = _factor(fewer.cov)
     root = torch.linalg.eigvalsh(factor.T @ more.cov @ factor).clamp(min=0).sqrt().sum()
     distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * root
@@ -73,55 +69,11 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def _factor(cov: Tensor) -> Tensor:
-    """F [D,r] with F F^T = `cov`, of rank r."""
-    factor, failed = torch.linalg.cholesky_ex(cov)
-    if not failed:
-        return factor
-    # Singular: fewer images than dimensions, or features that never change.
-    values, vectors = torch.linalg.eigh(cov)
-    kept = values > values[-1] * len(cov) * torch.finfo(cov.dtype).eps
-    return vectors[:, kept] * values[kept].sqrt()
+    """F [D,r] with F F^T = `cov`, of rank r: the Cholesky factor, pivoted, as r may be below D.
 
-
-def cached_statistics(
-    folder: Path,
-    compute: Callable[[], Statistics],
-    *,
-    data_digest: str,
-    count: int,
-    resolution: int,
-    extractor: str,
-) -> Statistics:
-    """The statistics of a real set, from `folder` if they were computed for the very same thing.
-
-    The file's name is the SHA-256 of all that the numbers depend on, so other images, weights or
-    sizes never meet an old file; one that is truncated or renamed is computed again. Any number of
-    processes may call this at once: files appear whole.
-
-    Args:
-        folder: created if need be.
-        compute: called when there is no such file.
-        data_digest: identifies the images' bytes and their order.
-        count: how many images.
-        resolution: their side in pixels, as the extractor gets them.
-        extractor: `FeatureExtractor.identity`.
+    Fewer images than dimensions, or features that never change, are singular.
     """
-    key = json.dumps([data_digest, count, resolution, extractor])
-    path = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
-    statistics = _read(path, key)
-    if statistics is None:
-        statistics = compute()
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(
-                file, key=key, mean=statistics.mean, cov=statistics.cov, count=statistics.count
-            )
-    return statistics
-
-
-def _read(path: Path, key: str) -> Statistics | None:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            mean, cov = torch.from_numpy(file["mean"]), torch.from_numpy(file["cov"])
-            return Statistics(mean, cov, int(file["count"])) if file["key"] == key else None
-    except Exception:  # absent or broken in whatever way: it can be computed again
-        return None
+    packed, pivots, rank, _ = dpstrf(cov.numpy(), lower=1)
+    factor = np.zeros((len(cov), rank))
+    factor[pivots - 1] = np.tril(packed)[:, :rank]
+    return torch.from_numpy(factor)

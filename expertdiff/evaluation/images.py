@@ -1,5 +1,6 @@
 """Images as bytes: the one way from [-1, 1] to uint8, and the files people and programs read."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +80,11 @@ def load_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     Raises:
         ValueError: unreadable, pickled, without `arr_0`, or of another type or layout.
     """
-    arrays = _read_arrays(path)
+    return images_of(path, read_arrays(path, ("arr_0", "arr_1")))
+
+
+def images_of(path: Path, arrays: dict[str, np.ndarray]) -> tuple[Tensor, Tensor | None]:
+    """See `load_npz`; of the arrays of its file."""
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if (
         images is None
@@ -97,9 +102,14 @@ def load_npz(path: Path) -> tuple[Tensor, Tensor | None]:
     return tensor, None if labels is None else torch.from_numpy(labels.astype(np.int64))
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, names: Collection[str]) -> dict[str, np.ndarray]:
+    """Those arrays of an ``.npz`` that are there.
+
+    Raises:
+        ValueError: unreadable or pickled.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            return {name: archive[name] for name in ("arr_0", "arr_1") if name in archive}
+            return {name: archive[name] for name in names if name in archive}
     except Exception as error:  # a broken archive raises whatever its broken part raises
-        raise ValueError(f"cannot read {path} as an .npz of images: {error}") from error
+        raise ValueError(f"cannot read {path} as an .npz of arrays: {error}") from error

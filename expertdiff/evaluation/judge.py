@@ -1,12 +1,31 @@
 """The seam between drawn samples and the numbers that are told about them."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from expertdiff.describe import Described
+
+
+class Reference(NamedTuple):
+    """What samples are compared with.
+
+    Attributes:
+        summary: as `Judge.summary` makes them.
+        name: the data's split, or a file and its digest.
+        count: items it was made of; ``None`` where a file does not tell.
+    """
+
+    summary: Any
+    name: str
+    count: int | None
+
+    @property
+    def text(self) -> str:
+        """In words."""
+        return f"{self.name} ({'statistics' if self.count is None else f'{self.count} items'})"
 
 
 class Judge(Described, nn.Module, ABC):
@@ -44,6 +63,10 @@ class Judge(Described, nn.Module, ABC):
     def real(self, items: Tensor, device: torch.device) -> Any:
         """The summary of real items [N, ...], which lie on the CPU."""
         return self.summary(self(items.to(device)))
+
+    def reference(self, name: str, items: Tensor, device: torch.device) -> Reference:
+        """What samples are compared with, where the data's own split is `name` of `items`."""
+        return Reference(self.real(items, device), name, len(items))
 
     @abstractmethod
     def distances(self, samples: Any, reference: Any) -> dict[str, float]:

@@ -26,8 +26,10 @@ class RoutedExperts(Denoiser):
             raise ValueError(
                 f"{len(experts)} experts cannot serve the {len(partition)} intervals of {partition}"
             )
-        self.experts = nn.ModuleList(experts)
-        self.partition = partition
+        # Between neighbours that are one and the same there is no border.
+        first = [i for i, expert in enumerate(experts) if i == 0 or expert is not experts[i - 1]]
+        self.experts = nn.ModuleList(experts[i] for i in first)
+        self.partition = Partition([*(partition.edges[i] for i in first), 1])
         self.process = experts[0].process
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:

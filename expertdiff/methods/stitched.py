@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,8 @@ class Stitched(LightningModule):
         return self.sample_batches()
 
     def labels(self, seed: int, index: Tensor) -> Tensor | None:
-        """The class [B] of each sample, a function of (seed, index); ``None`` if there is none."""
-        if not (classes := self.bundle.num_classes):
-            return None
-        draws = [
-            torch.randint(classes, (), generator=generator("cpu", seed, "label", i))
-            for i in index.tolist()
-        ]
-        return torch.stack(draws).to(self.device)
+        """The class [B] of each sample; ``None`` if there is none."""
+        return sample_labels(self.bundle.num_classes, seed, index.tolist(), self.device)
 
     def draw(self, seed: int, index: Tensor) -> Tensor:
         """The samples with these indices, as the data set holds its items: uint8 for images."""
@@ -182,7 +177,8 @@ class Stitched(LightningModule):
         print(
             f"{metric} {mean:.3f}{error} over sampling seeds {list(e.seeds)} "
             f"(n = {e.samples}, {len(visited)} calls of {type(e.sampler).__name__}, against "
-            f"{against.text}; real ones of the other split: {result['floor']:.3f})\nresults: {self.output / 'metrics.json'}"
+            f"{against.text}; real ones of the other split: {result['floor']:.3f})\n"
+            f"results: {self.output / 'metrics.json'}"
         )
 
     def predict_step(
@@ -215,6 +211,18 @@ class Stitched(LightningModule):
         mine = summaries() if self.trainer.is_global_zero else None
         self.trainer.strategy.barrier()
         return mine or summaries()
+
+
+def sample_labels(
+    classes: int | None, seed: int, index: Sequence[int], device: torch.device
+) -> Tensor | None:
+    """The class [B] of each sample, a function of (seed, index); ``None`` if there is none."""
+    if not classes:
+        return None
+    draws = [
+        torch.randint(classes, (), generator=generator("cpu", seed, "label", i)) for i in index
+    ]
+    return torch.stack(draws).to(device)
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

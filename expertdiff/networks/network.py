@@ -23,4 +23,4 @@ class Network(Described, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The raw output at `x_t`; `t` is what the process tells of it (`NoiseProcess.condition`)."""
+        """The raw output at `x_t`; `t` is as `NoiseProcess.condition` gives it."""

@@ -1,0 +1,194 @@
+"""Scores of stitched models that share experts: what their chains share is sampled once."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from expertdiff.bundle import Expert, check_together
+from expertdiff.data.base import Data
+from expertdiff.describe import describe
+from expertdiff.diffusion.denoiser import Denoiser
+from expertdiff.diffusion.partition import Partition
+from expertdiff.diffusion.samplers import SampleNoise, State
+from expertdiff.evaluation.kinds import kind
+from expertdiff.files import read_json, write_json
+from expertdiff.methods.stitched import Evaluation, sample_labels
+
+Mix = Sequence[Path]
+"""Who serves each interval, cleanest first: a run's folder, a checkpoint or a bundle's file."""
+
+Scores = dict[str, list[float]]
+"""Values of each distance, one a sampling seed; the headline first."""
+
+
+class Mixer:
+    """Scores any mix of experts on the intervals of one partition.
+
+    Samples equal those of the stitched bundle bit for bit. Models are walked as the branches of a
+    tree from the noise down: where two of them have the same experts, the chain is sampled once, so
+    varying the cleanest expert costs its own calls only. Scores are kept on disk, by the digests of
+    the weights and everything else they depend on.
+
+    Args:
+        partition: whose intervals are served.
+        evaluation: how samples are drawn and judged.
+        data: whose reference items they are compared with.
+        scores: the file that keeps the scores.
+        precision: of the networks, ``32-true`` or ``bf16-mixed``.
+
+    Raises:
+        ValueError: an evaluation without a judge.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        evaluation: Evaluation,
+        data: Data,
+        scores: Path,
+        precision: str = "32-true",
+    ) -> None:
+        if evaluation.judge is None:
+            raise ValueError("the evaluation has no judge: name one, for example Pixels")
+        self.partition, self.evaluation, self.data = partition, evaluation, data
+        self.scores, self.precision = scores, precision
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self._experts: dict[Path, Expert] = {}
+
+    def score(self, mixes: Mapping[str, Mix]) -> dict[str, Scores]:
+        """The distances of each mix, by its name.
+
+        Raises:
+            ValueError: experts that do not fit together or to the partition.
+        """
+        keys = {name: self._key(mix) for name, mix in mixes.items()}
+        kept = read_json(self.scores) if self.scores.is_file() else {}
+        new = {key: mixes[name] for name, key in keys.items() if key not in kept}
+        if new:
+            kept |= self._measured(new)
+            write_json(self.scores, kept)
+        return {name: kept[key] for name, key in keys.items()}
+
+    def _key(self, mix: Mix) -> str:
+        if len(mix) != len(self.partition):
+            raise ValueError(
+                f"{len(mix)} experts cannot serve the {len(self.partition)} intervals of "
+                f"{self.partition}"
+            )
+        for path, interval in zip(mix, self.partition.intervals()):
+            if not self._expert(path).interval.contains(interval):
+                raise ValueError(
+                    f"{path} was trained on {self._expert(path).interval}, it cannot serve "
+                    f"{interval}: name another"
+                )
+        check_together([self._expert(path) for path in mix], allow_unfinished=True)
+        content = [self._protocol, [self._expert(path).sha256 for path in mix]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def _expert(self, path: Path) -> Expert:
+        if path not in self._experts:
+            self._experts[path] = Expert.read(path)
+        return self._experts[path]
+
+    @cached_property
+    def _protocol(self) -> dict[str, Any]:
+        e = self.evaluation
+        return {
+            "partition": list(self.partition.edges),
+            "sampler": describe(e.sampler),
+            "judge": e.judge.identity,
+            "samples": e.samples,
+            "seeds": list(e.seeds),
+            "precision": self.precision,
+            "reference": self.data.reference,
+            "data": self.data.identity()["digest"],
+        }
+
+    def _measured(self, mixes: dict[str, Mix]) -> dict[str, Scores]:
+        e = self.evaluation
+        e.judge.to(self.device)
+        reference = e.judge.reference(
+            self.data.reference, self.data.split("reference")[0], self.device
+        )
+        denoisers = self._denoisers(mixes)
+        scores: dict[str, Scores] = {key: {} for key in mixes}
+        for seed in e.seeds:
+            features: dict[str, list[Tensor]] = {key: [] for key in mixes}
+            batches = torch.arange(e.samples).split(e.batch_size)
+            for index in tqdm(batches, desc=f"{len(mixes)} models, seed {seed}", leave=False):
+                walk = Walk(self, denoisers, seed, index.tolist())
+                for key, samples in walk.samples(mixes):
+                    features[key].append(e.judge(samples).cpu())
+            for key, parts in features.items():
+                summary = e.judge.summary(torch.cat(parts))
+                for name, value in e.judge.distances(summary, reference.summary).items():
+                    scores[key].setdefault(name, []).append(value)
+        return scores
+
+    def _denoisers(self, mixes: dict[str, Mix]) -> dict[Path, Denoiser]:
+        paths = dict.fromkeys(path for mix in mixes.values() for path in mix)
+        return {path: self._expert(path).denoiser().to(self.device) for path in paths}
+
+
+class Walk:
+    """One batch of samples through all models of a tree.
+
+    Args:
+        mixer: whose protocol is followed.
+        denoisers: of each expert.
+        seed: of the samples.
+        index: of the samples.
+    """
+
+    def __init__(
+        self, mixer: Mixer, denoisers: dict[Path, Denoiser], seed: int, index: list[int]
+    ) -> None:
+        self.mixer, self.denoisers = mixer, denoisers
+        identity = next(iter(mixer._experts.values())).identity
+        shape = identity["data"]["shape"]
+        self.kind = kind(shape)
+        self.noise = SampleNoise(seed, index, shape, mixer.device)
+        classes = identity["network"]["init_args"].get("num_classes")
+        self.labels = sample_labels(classes, seed, index, mixer.device)
+
+    def samples(self, mixes: dict[str, Mix]) -> list[tuple[str, Tensor]]:
+        """The finished samples of every model."""
+        return self._below(len(self.mixer.partition) - 1, mixes, None, None)
+
+    def _below(
+        self, level: int, mixes: dict[str, Mix], start: State | None, above: Path | None
+    ) -> list[tuple[str, Tensor]]:
+        """From a state at the noisy end of interval `level`, reached by `above`, to the data."""
+        if level < 0:
+            samples = self.kind.finished(start.x_t)
+            return [(key, samples) for key in mixes]
+        ordered = sorted(mixes.items(), key=lambda item: str(item[1][level]))
+        found = []
+        for path, group in groupby(ordered, key=lambda item: item[1][level]):
+            denoiser = self.denoisers[path]
+            # Where another expert takes over, samplers are told that there is a border.
+            denoiser.partition = Partition([0, 1]) if path == above else self.mixer.partition
+            state = self._through(level, denoiser, start)
+            found += self._below(level - 1, dict(group), state, path)
+        return found
+
+    def _through(self, level: int, denoiser: Denoiser, start: State | None) -> State:
+        """The first state below interval `level`, or the samples."""
+        mixer = self.mixer
+        sampler, process = mixer.evaluation.sampler, denoiser.process
+        with torch.autocast(
+            mixer.device.type, torch.bfloat16, enabled=mixer.precision == "bf16-mixed"
+        ):
+            for state in sampler.trajectory(denoiser, self.noise, self.labels, start):
+                t = torch.tensor([state.t])
+                if state.t == -1 or mixer.partition.index(process.progress(t)) < level:
+                    break
+        return state

@@ -1,0 +1,149 @@
+"""Verbs that take a configuration of ``fit``, as an argument parser cannot know all its options."""
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from expertdiff.analysis.intervals import IntervalMethod, Selection, every, select
+from expertdiff.bundle import Bundle
+from expertdiff.expert_cli import ConfigOnly, Parser
+from expertdiff.files import read_json
+from expertdiff.launch import launch
+from expertdiff.study import Study
+
+
+def launch_study(args: Sequence[str]) -> None:
+    """Train every expert of a partition (and a baseline), stitch, test, report."""
+    parser = parser_of(
+        "launch",
+        (
+            "Trains every expert of a config's partition as its own process, and a single network "
+            "of the same total cost beside them; stitches the experts into one model, tests both "
+            "and writes a report. Run it again to continue: finished work is kept."
+        ),
+    )
+    parser.add_argument(
+        "--partition",
+        type=Path,
+        metavar="JSON",
+        help="intervals, as `expertdiff intervals` writes them (default: those of the config)",
+    )
+    ours, rest = parser.parse_known_args(args)
+    if ours.partition:
+        rest += ["--model.partition.edges", str(edges_of(ours.partition))]
+    cli = ConfigOnly([*layers(ours.config), *rest])
+    launch_config(cli, cli.study, ours.parallel)
+
+
+def launch_config(cli: ConfigOnly, study: Study, parallel: int | None) -> Path:
+    """Launches a study of this configuration."""
+    config = cli.resolved()
+    for name in ("max_steps", "default_root_dir"):
+        if config["trainer"][name] not in (-1, None):
+            raise ValueError(
+                f"--trainer.{name} cannot be the same for every job: set study.iterations, "
+                "study.budget, study.root or study.name"
+            )
+    return launch(study, config, cli.datamodule.identity(), cli.model.job, parallel)
+
+
+def layers(configs: Sequence[str]) -> list[str]:
+    """The options that lay these files over each other."""
+    return [part for path in configs for part in ("--config", path)]
+
+
+def parser_of(verb: str, description: str) -> argparse.ArgumentParser:
+    """Of a verb that takes a configuration and runs jobs."""
+    parser = argparse.ArgumentParser(
+        prog=f"expertdiff {verb}",
+        description=description,
+        epilog=(
+            "All options of `expertdiff fit` lay over the configuration, for example --study.name, "
+            "--study.iterations, --seed_everything, --trainer.accelerator "
+            "(see `expertdiff fit --help`)."
+        ),
+    )
+    parser.add_argument(
+        "--config",
+        "-c",
+        action="append",
+        required=True,
+        metavar="YAML",
+        help="configuration; several are laid over each other",
+    )
+    parser.add_argument(
+        "--parallel",
+        type=int,
+        metavar="N",
+        help="jobs at a time (default: one a GPU, or one a CPU core)",
+    )
+    return parser
+
+
+def edges_of(path: Path) -> list[float]:
+    """The edges in a file of `expertdiff intervals`."""
+    content = read_json(path)
+    if "edges" not in content:
+        raise ValueError(
+            f"{path} has no edges on top: choose one method with expertdiff intervals --method"
+        )
+    return content["edges"]
+
+
+def intervals(args: Sequence[str]) -> None:
+    """Choose where to cut the chain, by one method or by all."""
+    parser = parser_of(
+        "intervals",
+        (
+            "Chooses the intervals of a config's partition and writes intervals.json, which "
+            "`expertdiff launch --partition` takes, and a picture of what they were chosen by. "
+            "With several methods, or all that apply, they stand beside each other."
+        ),
+    )
+    parser.add_argument("--k", type=int, default=3, help="number of intervals (default: 3)")
+    parser.add_argument("--bundle", type=Path, help="a trained model, for methods that look at one")
+    parser.add_argument("--output", type=Path, help="folder (default: <study>/intervals)")
+    parser.add_argument(
+        "--train", type=int, metavar="STEPS",
+        help="also launch a study of so many steps with each choice, and compare their distances",
+    )  # fmt: skip
+    ours, rest = parser.parse_known_args(args)
+    cli = ConfigOnly([*layers(ours.config), *rest])
+    output = ours.output or cli.study.folder / "intervals"
+    bundle = Bundle.load(ours.bundle) if ours.bundle else None
+    methods = [ours.method] if ours.method else every()
+    found = select(methods, ours.k, cli.model.process, cli.datamodule, bundle, output)
+    if ours.train:
+        compare_choices(found, cli, rest, ours, output)
+
+
+def method_of(text: str) -> IntervalMethod:
+    """The method of a class name, or of a whole ``{class_path: .., init_args: ..}``."""
+    parser = Parser(prog="expertdiff intervals")
+    parser.add_argument("--method", type=IntervalMethod)
+    return parser.instantiate_classes(parser.parse_args([f"--method={text}"])).method
+
+
+def compare_choices(
+    found: Sequence[Selection], cli: ConfigOnly, rest: list[str], ours: Any, output: Path
+) -> None:
+    """Launches a short study of equal budget with each choice; prints their distances."""
+    studies = []
+    for choice in found:
+        edges = list(choice.partition.edges)
+        other = ConfigOnly([*layers(ours.config), *rest, f"--model.partition.edges={edges}"])
+        study = replace(
+            cli.study, root=output, name=choice.name, iterations=ours.train, budget=None,
+            baseline=choice is found[0],
+        )  # fmt: skip
+        launch_config(other, study, ours.parallel)
+        studies.append(study)
+    first = read_json(studies[0].folder / "tests/baseline/metrics.json")
+    results = [("baseline", first)]
+    results += [(s.name, read_json(s.folder / "tests/stitched/metrics.json")) for s in studies]
+    print(f"\n{'intervals':<24}{first['metric']}")
+    for name, result in results:
+        spread = "" if result["std"] is None else f" ± {result['std']:.4g}"
+        print(f"{name:<24}{result['mean']:.4g}{spread}")
