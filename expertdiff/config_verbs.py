@@ -8,7 +8,7 @@ from typing import Any
 
 from expertdiff.analysis.intervals import IntervalMethod, Selection, every, select
 from expertdiff.bundle import Bundle
-from expertdiff.expert_cli import ConfigOnly, Parser
+from expertdiff.expert_cli import ConfigOnly, Parser, classes_for
 from expertdiff.files import read_json
 from expertdiff.launch import launch
 from expertdiff.study import Study
@@ -101,6 +101,12 @@ def intervals(args: Sequence[str]) -> None:
             "`expertdiff launch --partition` takes, and a picture of what they were chosen by. "
             "With several methods, or all that apply, they stand beside each other."
         ),
+    )
+    parser.add_argument(
+        "--method",
+        type=method_of,
+        metavar="CLASS",
+        help=f"how to choose: {', '.join(classes_for('method'))} (default: all that apply)",
     )
     parser.add_argument("--k", type=int, default=3, help="number of intervals (default: 3)")
     parser.add_argument("--bundle", type=Path, help="a trained model, for methods that look at one")

@@ -281,7 +281,7 @@ def test_adms_float16_is_another_number_with_another_name():
 
 
 def test_the_page_of_help_names_every_number():
-    for name in ("FID", "sFID", "KID", "IS", "Precision and recall", "FD-pixels", "clean-fid"):
+    for name in ("FID", "sFID", "KID", "IS", "Precision", "FD-pixels", "clean-fid"):
         assert name in COMPARABLE
     assert max(map(len, COMPARABLE.splitlines())) <= 100
 

@@ -28,17 +28,17 @@ from expertdiff.evaluation.reference import POOL, read_reference
 from expertdiff.files import sha256_of
 
 COMPARABLE = """\
-Which number may be compared with whose: every one depends on the number of samples, so compare
-equal numbers of samples against one reference set, and say both. FID, KID and IS are
-torch-fidelity's (inception-v3-compat); FID and sFID are also those of ADM's evaluator, and FID that
-of EDM, where the reference is the same file or the same images, neither resized nor flipped.
-pytorch-fid and clean-fid resize in another way: never mix them in. "FID of 10,000 samples against
-10,000 validation images" and "FID of 50,000 samples against the training set" are two quantities,
-the first the larger. sFID is Inception's spatial features (Mixed_6d, 7 channels), as ADM's; other
-programs have no sFID. Precision and recall use pool_3 and k = 3, as ADM's; programs that use VGG-16
-give other numbers. ADM rounds distances to float16: adm_fp16 does so too. Statistics files (mu,
-sigma) give FID, and sFID where they hold mu_s and sigma_s; they tell nothing of KID, precision or
-recall. FD-pixels, of Pixels, is never FID and compares with nothing but itself."""
+Which number may be compared with whose. Every one depends on the number of samples: compare equal
+numbers of samples against one reference set, and say both. "FID of 10,000 samples against 10,000
+validation images" and "FID of 50,000 samples against the training set" are two quantities.
+FID, KID and IS are torch-fidelity's (inception-v3-compat). FID and sFID are also those of ADM's
+evaluator, and FID that of EDM, where the reference is the same file or the same images, neither
+resized nor flipped. pytorch-fid and clean-fid's default resize in another way: never mix them in.
+sFID is on Inception's spatial features (Mixed_6d, 7 channels); torch-fidelity has none. Precision
+and recall are on pool_3 with k = 3, as ADM's, which rounds distances to float16 (adm_fp16 does so
+too); programs that use VGG-16 give other numbers. Statistics files (mu, sigma) give FID, and sFID
+where they hold mu_s and sigma_s; they tell nothing of KID, precision or recall. FD-pixels, the
+distance of Pixels, is never FID and compares with nothing but itself."""
 
 FEWEST = {"FID": 2048, "sFID": 2024}
 """Images below which a covariance of these features is singular, and which is warned of."""

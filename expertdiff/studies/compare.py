@@ -20,7 +20,6 @@ from expertdiff.analysis.cost import (
 )
 from expertdiff.files import replacing
 from expertdiff.look import style
-from expertdiff.report.study import Job
 from expertdiff.studies.trained import Trained, print_rows, told, write_rows
 
 
@@ -105,7 +104,8 @@ def baseline_curve(trained: Trained) -> Curve:
     job, n = trained.baseline, len(trained.study.partition)
     kept = trained.kept(job)
     mixes = {step: [path] * n for step, path in kept.items()}
-    return _curve(trained, f"{trained.folder.name} baseline", mixes, {s: {job: s} for s in mixes})
+    spent = {step: {job.name: step} for step in kept}
+    return _curve(trained, f"{trained.folder.name} baseline", mixes, spent)
 
 
 def experts_curve(trained: Trained) -> Curve:
@@ -118,22 +118,22 @@ def experts_curve(trained: Trained) -> Curve:
         at = [max((s for s in steps if s <= step), default=None) for steps in kept]
         if None not in at:
             mixes[step] = [steps[s] for steps, s in zip(kept, at)]
-            spent[step] = dict(zip(jobs, at))
+            spent[step] = {job.name: s for job, s in zip(jobs, at)}
     return _curve(trained, f"{trained.folder.name} experts", mixes, spent)
 
 
 def _curve(
-    trained: Trained, name: str, mixes: dict[int, list[Path]], spent: dict[int, dict[Job, int]]
+    trained: Trained, name: str, mixes: dict[int, list[Path]], spent: dict[int, dict[str, int]]
 ) -> Curve:
     mixer = trained.mixer()
     scores = [mixer.score({"": mix})[""] for mix in mixes.values()]  # each is kept when it is done
-    metric = next(iter(scores[0]))
+    metric, jobs = next(iter(scores[0])), trained.study.jobs
     points = []
     for steps, score in zip(spent.values(), scores):
-        seconds = [job.seconds(step) for job, step in steps.items()]
+        seconds = [jobs[name].seconds(step) for name, step in steps.items()]
         known = None if None in seconds else seconds
         points.append(Point(list(steps.values()), score[metric], known))
-    devices = next(iter(next(iter(spent.values())))).devices
+    devices = max(jobs[name].devices for name in next(iter(spent.values())))
     return Curve(name, metric, History(points, devices), [told(score) for score in scores])
 
 
