@@ -12,6 +12,7 @@ from typing import get_args, get_origin
 from expertdiff.analysis.consistency import consistency
 from expertdiff.callbacks.checkpoint import Interrupted
 from expertdiff.config_verbs import intervals, launch_study
+from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.expert_cli import ExpertCLI, Parser
 from expertdiff.launch import INTERRUPTED
 from expertdiff.measure import measure
@@ -41,7 +42,9 @@ def run_verb(function: Callable[..., None], args: Sequence[str]) -> None:
     """Calls a function with its first argument by position, the others as options."""
     (first, *_), summary = inspect.signature(function).parameters.items(), inspect.getdoc(function)
     parser = Parser(
-        prog=f"expertdiff {function.__name__}", description=(summary or "").partition("\n")[0]
+        prog=f"expertdiff {function.__name__}",
+        description=(summary or "").partition("\n")[0],
+        epilog=COMPARABLE if function is measure else None,
     )
     name, parameter = first
     several = get_origin(parameter.annotation) is list

@@ -33,6 +33,7 @@ from expertdiff.callbacks.gates import GateMap
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
 from expertdiff.describe import Described
+from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.files import locked, read_json
 from expertdiff.loggers import StudyLogger
 from expertdiff.methods.base import Method
@@ -76,7 +77,8 @@ class ExpertCLI(LightningCLI):
     """LightningCLI with averaged weights, exact checkpoints and a study around every run."""
 
     def __init__(self, args: Sequence[str], run: bool = True) -> None:
-        verbs = {verb: {"allow_abbrev": False} for verb in self.subcommands()}
+        verbs: dict[str, Any] = {verb: {"allow_abbrev": False} for verb in self.subcommands()}
+        verbs["test"]["epilog"] = COMPARABLE
         super().__init__(
             model_class=LightningModule,
             subclass_mode_model=True,

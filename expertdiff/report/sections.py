@@ -61,7 +61,8 @@ def distances(study: Study) -> Markup:
     return section(
         "Distance to the data",
         table([*header, "reference", "extractor"], rows),
-        note="Lower is better; of an estimate of KL, nearer to the number of real data is. Mean ± "
+        note="Lower is better, but of IS, precision and recall higher is; of an estimate of KL, "
+        "nearer to the number of real data is. Mean ± "
         "standard deviation over the sampling seeds. The spread says nothing about other training "
         "seeds. All distances depend on the number of samples: compare rows of this table only. "
         "The verdict calls a difference real when it exceeds "
@@ -103,7 +104,7 @@ def _floors(result: Result) -> list[list[str]]:
 def _measure(result: Result) -> list[str]:
     facts = result.metrics
     return [
-        f"{facts['reference']}, {facts['reference_samples']:,} items",
+        f"{facts['reference']}, {_plain(facts['reference_samples'])} items",
         _plain(facts["extractor"]),
     ]
 
