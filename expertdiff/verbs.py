@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Data
+from expertdiff.devices import default_device
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.samplers import Sampler
 from expertdiff.evaluation.kinds import kind
@@ -87,7 +88,7 @@ def sample(
 
 
 def likelihood(
-    bundle: Path, data: Data, items: int = 100, seed: int = 0, batch_size: int = 50
+    bundle: Path, data: Data, samples: int = 100, seed: int = 0, batch_size: int = 50
 ) -> None:
     """Tell how likely a model finds held-out data: bits a dimension of images, bits of points.
 
@@ -97,23 +98,27 @@ def likelihood(
     Args:
         bundle: the bundle's folder.
         data: whose reference items are asked about.
-        items: how many, from the first on.
+        samples: how many, from the first on.
         seed: of the probes, and of the noise within each byte.
         batch_size: items at a time.
     """
     model = Bundle.load(bundle)
-    items_of, images = data.split("reference")[0][:items], len(model.shape) == 3
-    if items_of[0].shape != torch.Size(model.shape):
-        raise ValueError(
-            f"{bundle} makes items of shape {model.shape}, the data have "
-            f"{tuple(items_of[0].shape)}: name the data it was trained on"
-        )
+    images = len(model.shape) == 3
+    items, ours = data.split("reference")[0][:samples], model.manifest["shared"]["data"]
+    if len(items) < 2:
+        raise ValueError(f"samples {samples} leave {len(items)} items: ask about 2 or more")
+    for key in ("shape", "scale"):
+        if (theirs := data.identity()[key]) != ours[key]:
+            raise ValueError(
+                f"{bundle} was trained on data of {key} {ours[key]}, these have {theirs}: name the "
+                "data it was trained on"
+            )
     if model.num_classes:
         raise ValueError(f"{bundle} has classes, of which no likelihood is defined here")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     denoiser, found = model.denoiser.to(device), []
-    for index in tqdm(torch.arange(len(items_of)).split(batch_size), leave=False):
-        part = items_of[index].to(device)
+    for index in tqdm(torch.arange(len(items)).split(batch_size), leave=False):
+        part = items[index].to(device)
         found.append(
             bits_per_dimension(denoiser, part, index.tolist(), seed)
             if images

@@ -135,6 +135,22 @@ class TestSamplers:
         assert error(Heun, 40) < error(DDIM, 79) / 3  # the same number of calls
         assert len(Heun(40).calls(process)) == 79
 
+    @pytest.mark.parametrize("steps", [18, 50])
+    def test_heun_bears_errors_where_a_cosine_chain_jumps(self, steps):
+        """sigma / alpha falls from 20,000 to tens in the first step."""
+
+        class Off(Exact):
+            def forward(self, x_t, t, y=None):
+                exact = super().forward(x_t, t, y)
+                alpha, sigma = (expand(c, x_t) for c in self.process.alpha_sigma(t))
+                eps = exact.eps + 0.01 * torch.sin(7 * x_t + t[0])
+                return Prediction((x_t - sigma * eps) / alpha, eps)
+
+        noise = SampleNoise(0, range(5000), (1,), "cpu")
+        x = Heun(steps)(Off(DiscreteVP(CosineBetas())), noise)
+        assert x.mean().item() == pytest.approx(0.3, abs=0.02)
+        assert x.std().item() == pytest.approx(0.2, rel=0.1)
+
     def test_heun_asks_the_owner_of_each_t(self):
         asked = []
 

@@ -7,7 +7,7 @@ import torch
 
 from expertdiff.diffusion import exact
 from expertdiff.diffusion.exact import ExactDenoiser, Mixture, terminal_mismatch
-from expertdiff.diffusion.process import DiscreteVP, LinearBetas, QuadraticBetas
+from expertdiff.diffusion.process import VESDE, VPSDE, DiscreteVP, LinearBetas, QuadraticBetas
 from expertdiff.diffusion.samplers import DDIM
 from expertdiff.seeds import generator
 
@@ -153,3 +153,9 @@ def test_terminal_mismatch_vanishes_where_the_chain_ends_in_noise():
     x0 = 2 * normal(1000, 2) + 1
     assert terminal_mismatch(LONG, x0) < 1e-3
     assert terminal_mismatch(PAPER, x0) > 0.3
+
+
+@pytest.mark.parametrize("process", [VPSDE(), VESDE()])
+def test_continuous_processes_end_in_their_prior(process):
+    x0 = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    assert terminal_mismatch(process, x0) < 1e-3

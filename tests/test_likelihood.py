@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_continuous import PROCESSES, Exact, each
 
+from expertdiff.cli import main
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import VPSDE
 from expertdiff.evaluation.likelihood import _times, bits_per_dimension, log_likelihood
@@ -89,3 +90,15 @@ def test_bits_per_dimension_of_bytes():
     # A function of (seed, index) alone, however the images are batched.
     part = bits_per_dimension(Exact(process), images[10:12], index[10:12])
     assert torch.allclose(part, found[10:12])
+
+
+def test_the_verb_tells_bits(study, capsys):
+    bundle = str(study / "bundles/stitched")
+    options = ["--data=Digits", "--data.validation_samples=12", "--samples=3"]
+    assert main(["likelihood", bundle, *options]) == 0
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert "bits a dimension" in told and "n = 3" in told
+    assert main(["likelihood", bundle, "--data=Digits", "--samples=1"]) == 2
+    assert "ask about 2 or more" in capsys.readouterr().err
+    assert main(["likelihood", bundle, "--data=Toy2D", "--data.density=Moons"]) == 2
+    assert "name the data it was trained on" in capsys.readouterr().err

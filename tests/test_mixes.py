@@ -8,8 +8,10 @@ from conftest import TINY
 
 from expertdiff.analysis.mixes import Mixer, Walk
 from expertdiff.bundle import Bundle
+from expertdiff.data.images import Digits
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.samplers import DDIM, DPMSolverPP2M, SampleNoise
+from expertdiff.evaluation.features import Pixels
 from expertdiff.evaluation.images import to_uint8
 from expertdiff.expert_cli import ConfigOnly
 from expertdiff.methods.stitched import Evaluation
@@ -57,6 +59,19 @@ def test_samples_are_those_of_the_stitched_bundle(study, tmp_path, mixer, sample
         assert torch.equal(found[name], to_uint8(sampler(bundle.denoiser, noise)))
 
 
+@pytest.mark.parametrize("sampler", [DDIM(38), DPMSolverPP2M(10, restart=True)])
+def test_edges_between_any_steps(study, tmp_path, mixer, sampler):
+    """One interval holds no step, and one edge lies where a float32 t would be the neighbour's."""
+    ours, paths = mixer(sampler), [study / "baseline", study / "baseline", study / "expert-2"]
+    ours.partition = Partition([0, 0.46, 0.461, 0.8, 1])
+    mix = {"mix": [paths[0], paths[1], paths[0], paths[2]]}
+    ours._key(mix["mix"])
+    ((_, found),) = Walk(ours, ours._denoisers(mix), 3, [1, 2]).samples(mix)
+    bundle = Bundle.stitch(dict.fromkeys(mix["mix"]), tmp_path / "b", ours.partition)
+    noise = SampleNoise(3, [1, 2], (1, 8, 8), "cpu")
+    assert torch.equal(found, to_uint8(sampler(bundle.denoiser, noise)))
+
+
 def test_what_is_shared_is_sampled_once(study, mixer, monkeypatch):
     ours, mixes = mixer(DDIM(50)), mixes_of(study)
     for mix in mixes.values():
@@ -92,6 +107,26 @@ def test_scores_are_kept(study, mixer, monkeypatch):
     ours = mixer()
     ours.scores.write_text(json.dumps({}))
     assert ours.score({"a": mixes["A only"]})["a"] == first["A only"]
+
+
+def test_scores_depend_on_the_reference_that_is_used(cli, mixer, monkeypatch):
+    def protocol(**changes):
+        ours = mixer()
+        ours.data = Digits(**changes)
+        return ours
+
+    own, other, swapped = protocol(), protocol(reference="train"), protocol()
+    images, labels = swapped.data.split("validation")
+    swapped.data._splits["validation"] = (images.flip(0), labels)
+    assert own.data.identity() == swapped.data.identity()
+    assert len({str(ours._protocol) for ours in (own, other, swapped)}) == 3
+    assert protocol()._protocol == own._protocol
+    # Of a judge with a file of its own, the data's items do not count.
+    files = []
+    for name in ("a", "b"):
+        monkeypatch.setattr(Pixels, "own_reference", name)
+        files += [protocol()._protocol, protocol(reference="train")._protocol]
+    assert files[0] == files[1] != files[2] == files[3]
 
 
 def test_refusals(study, mixer):

@@ -81,7 +81,7 @@ class ExactDenoiser(Denoiser):
 
 
 def terminal_mismatch(process: NoiseProcess, x0: Tensor) -> float:
-    """KL(q(x_T) || N(0, I)) in bits, at the noisiest t: how wrong it is to start from pure noise.
+    """KL(q(x_T) || prior) in bits, at the noisiest t: how wrong it is to start from pure noise.
 
     Of the Gaussian with the mean and the covariance of x0 [N, D], so a lower bound: what x_T lacks
     to be a Gaussian is left out. On toy sets that is a tenth at alpha_bar_T = 0.36, and nothing to
@@ -89,7 +89,7 @@ def terminal_mismatch(process: NoiseProcess, x0: Tensor) -> float:
     """
     x0 = x0.double()
     last = process.times(torch.tensor([1 - 2**-24], device=x0.device), Interval())
-    alpha, sigma = process.alpha_sigma(last)
+    alpha, sigma = (c / process.prior_std for c in process.alpha_sigma(last))
     mean = alpha * x0.mean(0)
     identity = torch.eye(x0.shape[1], dtype=x0.dtype, device=x0.device)
     covariance = alpha.square() * x0.T.cov(correction=0) + sigma.square() * identity

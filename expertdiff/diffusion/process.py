@@ -190,6 +190,9 @@ class ContinuousProcess(NoiseProcess, ABC):
     derivative of that: the density by which likelihood training draws t (arXiv 2106.05527).
     """
 
+    T = 1000
+    """Networks are told of t as of a chain of so many steps."""
+
     T_MIN = 1e-5
     """The cleanest t that is trained, as sigma goes to 0 there."""
 
@@ -227,7 +230,7 @@ class ContinuousProcess(NoiseProcess, ABC):
 
     def condition(self, t: Tensor) -> Tensor:
         """999 t (score_sde), so that networks for discrete chains fit."""
-        return (999 * t).float()
+        return ((self.T - 1) * t).float()
 
 
 class VPSDE(ContinuousProcess):

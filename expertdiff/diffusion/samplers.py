@@ -284,8 +284,10 @@ class DPMSolverPP2M(Sampler):
 class Heun(Sampler):
     """Heun's method on the probability flow (arXiv 2206.00364, algorithm 1, without churn).
 
-    With xbar = x_t / alpha and s = sigma / alpha the flow is d xbar / ds = eps(x_t, t). Two network
-    calls a step but the last; each is the owner's of its own t.
+    Near the data it follows d (x_t / alpha) / d (sigma / alpha) = eps; near the noise, where
+    sigma / alpha of a cosine chain jumps from thousands to tens and would multiply any error of
+    eps, d (x_t / sigma) / d (alpha / sigma) = x0, which is the same flow. Two network calls a step
+    but the last; each is the owner's of its own t.
 
     Args:
         steps: see `Sampler`.
@@ -303,6 +305,9 @@ class Heun(Sampler):
         s, now = m.step, m.now
         if s.sigma_s == 0:
             return now.x0
-        width = s.sigma_s / s.alpha_s - s.sigma / s.alpha
         ahead = m.ahead(s.alpha_s * now.x0 + s.sigma_s * now.eps)
+        if s.alpha_s < s.sigma_s:
+            width = s.alpha_s / s.sigma_s - s.alpha / s.sigma
+            return s.sigma_s * (m.x_t / s.sigma + width / 2 * (now.x0 + ahead.x0))
+        width = s.sigma_s / s.alpha_s - s.sigma / s.alpha
         return s.alpha_s * (m.x_t / s.alpha + width / 2 * (now.eps + ahead.eps))

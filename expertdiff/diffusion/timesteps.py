@@ -129,7 +129,10 @@ class LossSecondMoment(TimestepSampler):
                 f"LossSecondMoment needs a process with timesteps, not {type(process).__name__}: "
                 "in continuous time draw by SoftTruncation"
             )
-        steps = interval.steps(process.T)
+        if not (steps := interval.steps(process.T)):
+            raise ValueError(
+                f"interval {interval} holds none of the {process.T} timesteps: use fewer experts"
+            )
         self.first = steps.start
         self.register_buffer("losses", torch.zeros(len(steps), self.history))
         self.register_buffer("told", torch.zeros(len(steps), dtype=torch.int64))
@@ -157,7 +160,8 @@ class LossSecondMoment(TimestepSampler):
     def update(self, t: Tensor, loss: Tensor) -> None:
         order = t.argsort(stable=True)
         i, loss = (t - self.first)[order], loss[order].to(self.losses.dtype)
-        count = i.bincount(minlength=len(self.told))
+        # Not bincount, which would wait for the GPU.
+        count = torch.zeros_like(self.told).index_add_(0, i, torch.ones_like(i))
         # Of equal t in a batch, the n-th goes n places further in the ring of its t.
         nth = torch.arange(len(i), device=i.device) - (count.cumsum(0) - count)[i]
         kept = nth >= count[i] - self.history  # a ring holds only the last
@@ -221,7 +225,7 @@ class SoftTruncation(TimestepSampler):
     ) -> tuple[Tensor, Tensor]:
         device, t_min = generator.device, process.T_MIN
         lo, hi = (
-            torch.tensor(t, dtype=torch.float64, device=device)
+            torch.full((), t, dtype=torch.float64, device=device)
             for t in (max(interval.lo, t_min), interval.hi)
         )
         reachable = self.below(hi, t_min)

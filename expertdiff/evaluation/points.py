@@ -16,6 +16,9 @@ from expertdiff.files import replacing
 REACH = 3.5
 """Standard deviations within which a sample belongs to a mode: 99.8 % of a Gaussian's."""
 
+STRAY = (0.002, 0.998)
+"""Quantiles along each axis between which a picture shows points, unless told."""
+
 KERNEL_POINTS = 5000
 """Of each set, for `mmd`: its cost is quadratic."""
 
@@ -147,13 +150,14 @@ def scatter(axes: Axes, points: Points, limits: Limits | None = None) -> None:
     Args:
         axes: to draw in.
         points: [n, 2]; those outside of `limits` are not seen.
-        limits: of the picture, from `limits_of`; by default those of `points`.
+        limits: of the picture, from `limits_of`; by default those of all but a few stray `points`,
+            which else would make the others small.
 
     Raises:
         ValueError: not [n, 2], or not finite.
     """
     array = _plane(points)
-    lo, hi = limits_of(array) if limits is None else limits
+    lo, hi = limits_of(np.quantile(array, STRAY, axis=0)) if limits is None else limits
     # Rasterised: as shapes, ten thousand dots make a vector picture of megabytes.
     axes.scatter(*array.T, s=1.5, color=COLOUR, alpha=0.6, linewidths=0, rasterized=True)
     axes.set(xlim=(lo[0], hi[0]), ylim=(lo[1], hi[1]), aspect="equal")

@@ -129,7 +129,7 @@ class Method(LightningModule, ABC):
         if made_for not in (None, T):
             raise ValueError(
                 f"the network is made for {made_for} timesteps, the process has {T}: "
-                "set network.T and process.T alike"
+                f"set network.T to {T}"
             )
         n, device = len(self.seeds), next(self.network.parameters()).device
         x, t = torch.zeros(n, *data.shape, device=device), torch.zeros(n, device=device).long()
