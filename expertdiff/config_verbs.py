@@ -2,16 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from expertdiff.analysis.intervals import IntervalMethod, Selection, every, select
 from expertdiff.bundle import Bundle
 from expertdiff.expert_cli import ConfigOnly, Parser, classes_for
 from expertdiff.files import read_json
 from expertdiff.launch import launch
-from expertdiff.study import Study
 
 
 def launch_study(args: Sequence[str]) -> None:
@@ -34,10 +31,10 @@ def launch_study(args: Sequence[str]) -> None:
     if ours.partition:
         rest += ["--model.partition.edges", str(edges_of(ours.partition))]
     cli = ConfigOnly([*layers(ours.config), *rest])
-    launch_config(cli, cli.study, ours.parallel)
+    launch_config(cli, ours.parallel)
 
 
-def launch_config(cli: ConfigOnly, study: Study, parallel: int | None) -> Path:
+def launch_config(cli: ConfigOnly, parallel: int | None) -> Path:
     """Launches a study of this configuration."""
     config = cli.resolved()
     for name in ("max_steps", "default_root_dir"):
@@ -46,7 +43,7 @@ def launch_config(cli: ConfigOnly, study: Study, parallel: int | None) -> Path:
                 f"--trainer.{name} cannot be the same for every job: set study.iterations, "
                 "study.budget, study.root or study.name"
             )
-    return launch(study, config, cli.datamodule.identity(), cli.model.job, parallel)
+    return launch(cli.study, config, cli.datamodule.identity(), cli.model.job, parallel)
 
 
 def layers(configs: Sequence[str]) -> list[str]:
@@ -122,7 +119,7 @@ def intervals(args: Sequence[str]) -> None:
     methods = [ours.method] if ours.method else every()
     found = select(methods, ours.k, cli.model.process, cli.datamodule, bundle, output)
     if ours.train:
-        compare_choices(found, cli, rest, ours, output)
+        compare_choices(found, rest, ours, output)
 
 
 def method_of(text: str) -> IntervalMethod:
@@ -133,22 +130,28 @@ def method_of(text: str) -> IntervalMethod:
 
 
 def compare_choices(
-    found: Sequence[Selection], cli: ConfigOnly, rest: list[str], ours: Any, output: Path
+    found: Sequence[Selection], rest: list[str], ours: argparse.Namespace, output: Path
 ) -> None:
     """Launches a short study of equal budget with each choice; prints their distances."""
-    studies = []
+    clis = []
     for choice in found:
-        edges = list(choice.partition.edges)
-        other = ConfigOnly([*layers(ours.config), *rest, f"--model.partition.edges={edges}"])
-        study = replace(
-            cli.study, root=output, name=choice.name, iterations=ours.train, budget=None,
-            baseline=choice is found[0],
-        )  # fmt: skip
-        launch_config(other, study, ours.parallel)
-        studies.append(study)
-    first = read_json(studies[0].folder / "tests/baseline/metrics.json")
+        options = {
+            "model.partition.edges": list(choice.partition.edges),
+            "study.root": output,
+            "study.name": choice.name,
+            "study.iterations": ours.train,
+            "study.budget": "null",
+            "study.baseline": choice is found[0],
+        }
+        laid = [f"--{name}={value}" for name, value in options.items()]
+        clis.append(ConfigOnly([*layers(ours.config), *rest, *laid]))
+        clis[-1].study.budgets(choice.partition)  # refused before any are trained
+    for cli in clis:
+        launch_config(cli, ours.parallel)
+    folders = [cli.study.folder for cli in clis]
+    first = read_json(folders[0] / "tests/baseline/metrics.json")
     results = [("baseline", first)]
-    results += [(s.name, read_json(s.folder / "tests/stitched/metrics.json")) for s in studies]
+    results += [(f.name, read_json(f / "tests/stitched/metrics.json")) for f in folders]
     print(f"\n{'intervals':<24}{first['metric']}")
     for name, result in results:
         spread = "" if result["std"] is None else f" ± {result['std']:.4g}"

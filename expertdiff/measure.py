@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-
+from expertdiff.devices import default_device
 from expertdiff.evaluation.features import FeatureExtractor, named
 from expertdiff.evaluation.images import load_npz
 from expertdiff.files import write_json
@@ -22,7 +21,12 @@ def measure(
         judge: by what: ``Inception`` (FID, sFID, KID, IS, precision, recall), or ``Pixels``.
         output: JSON file; by default beside the samples.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if judge.own_reference:
+        raise ValueError(
+            f"judge.reference {judge.own_reference} would not be looked at, because --reference "
+            "says what the samples are compared with: leave judge.reference out"
+        )
+    device = default_device()
     samples, reference = Path(samples), Path(reference)
     images, _ = load_npz(samples)
     judge = judge.to(device)

@@ -306,7 +306,7 @@ class TestCheckpoints:
 
 
 LAYERS = [
-    {"seeds", "describe", "files", "look"},
+    {"seeds", "devices", "describe", "files", "look"},
     {"diffusion", "networks", "checkpoints"},
     {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},

@@ -65,10 +65,10 @@ class Given(Images):
 class Halved(Pixels):
     """A stand-in for features that are part of what an extractor computes."""
 
-    identity = "the upper half"
+    embedding_name = "the upper half"
 
-    def embedding(self, images):
-        return self(images[:, :, :4])
+    def embedding(self, features):
+        return features[:, : features.shape[1] // 2]
 
 
 def bundle(folder, weights, edges=(0, 1), shape=SHAPE, process=None, **init):
@@ -247,8 +247,12 @@ def test_samples_do_not_depend_on_how_many_are_drawn(tmp_path):
     assert torch.equal(pair(a, b, 5).draw([]), pair(a, b, 9).draw([])[:5])
 
 
-def test_the_feature_is_named_and_used(tmp_path, capsys):
+def test_the_feature_is_named_and_used(tmp_path, capsys, monkeypatch):
     a, b = bundle(tmp_path / "a", [1]), bundle(tmp_path / "b", [0.5])
+    monkeypatch.setattr(Halved, "own_reference", "real.npz")
+    with pytest.raises(ValueError, match="feature.reference real.npz .* leave feature.reference"):
+        consistency(a, b, samples=3, sampler=TWO, feature=Halved())
+    monkeypatch.undo()
     consistency(a, b, samples=3, sampler=TWO, feature=Halved())
     images = torch.randint(256, (250, *SHAPE), dtype=torch.uint8)
     features = Cosine(Halved(), torch.device("cpu")).features(images)

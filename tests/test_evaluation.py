@@ -1,4 +1,5 @@
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -189,7 +190,7 @@ def test_features_that_are_not_finite_are_refused(bad):
 
 @pytest.mark.parametrize("count", [0, 1])
 def test_too_few_images_are_refused(count):
-    with pytest.raises(ValueError, match=f"statistics of {count} images"):
+    with pytest.raises(ValueError, match=f"statistics of {count} images: .* give more"):
         Statistics.of(torch.zeros(count, 8))
 
 
@@ -278,6 +279,13 @@ def test_cache_survives_another_process_that_finishes_first(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_cache_that_cannot_be_written_is_warned_of_and_not_needed(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="cannot keep .* of 30 images .*set XDG_CACHE_HOME"):
+        found, computed = kept(tmp_path / "file" / "folder")
+    assert computed and equal(found, values(1))
+
+
 # Features -----------------------------------------------------------------------------------------
 
 
@@ -287,6 +295,37 @@ def test_pixels_are_the_pixels_and_not_called_fid():
     x = images(4, 1, 3, 5)
     assert torch.equal(pixels(x) * 255, x.flatten(1).float())
     assert describe(build(describe(pixels), FeatureExtractor)) == describe(pixels)
+
+
+class Batched(Pixels):
+    """Remembers how many images it was given at a time."""
+
+    def extract(self, images):
+        self.sizes = [*getattr(self, "sizes", []), len(images)]
+        return super().extract(images)
+
+
+def test_features_are_computed_of_some_images_at_a_time():
+    x, batched = images(250, 1, 2, 2), Batched()
+    assert torch.equal(batched(x), x.flatten(1) / 255) and batched.sizes == [100, 100, 50]
+    assert torch.equal(batched.features(x, torch.device("cpu")), x.flatten(1) / 255)
+    assert max(batched.sizes) == 100 and sum(batched.sizes) == 500
+
+
+@pytest.mark.parametrize(
+    "samples, reference, warned", [(65, 65, []), (64, 70, ["64 samples"]), (99, 64, ["64 images"])]
+)
+def test_fewer_images_than_a_covariance_of_pixels_needs_are_warned_of(samples, reference, warned):
+    pixels = Pixels()
+    sets = [pixels.summary(pixels(images(n, 1, 8, 8))) for n in (samples, reference)]
+    # With one more than its dimensions the covariance has full rank, with as many it has not.
+    assert (torch.linalg.matrix_rank(sets[0].cov) == 64) == (samples > 64)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        pixels.distances(*sets)
+    assert len(caught) == len(warned)
+    for warning, text in zip(caught, warned):
+        assert text in str(warning.message) and "below 65 images" in str(warning.message)
 
 
 @pytest.mark.parametrize("wrong", [torch.zeros(2, 3, 8, 8), images(3, 8, 8), images(2, 4, 8, 8)])

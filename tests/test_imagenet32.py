@@ -1,5 +1,6 @@
 """ImageNet-32 in both versions, and the shipped experiments on it."""
 
+import errno
 import json
 import math
 
@@ -218,15 +219,22 @@ def test_a_packed_file_of_other_content_is_refused(png):
     assert "[6, 3, 32, 32] instead of uint8 [7, 3, 32, 32]" in refused("pixelrnn", root)
 
 
-def test_a_full_disk_is_one_sentence(png, monkeypatch):
+@pytest.mark.parametrize(
+    "code, reason, need",
+    [
+        (errno.ENOSPC, "No space left on device", "0.0 GiB of room"),
+        (errno.EACCES, "Permission denied", "permission to write"),
+    ],
+)
+def test_what_cannot_be_written_is_one_sentence(png, monkeypatch, code, reason, need):
     root, _ = png
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fail(*_):
+        raise OSError(code, reason)
 
-    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", fail)
     message = refused("pixelrnn", root)
-    assert f"cannot write {root / 'train_32x32.npy'} (No space left on device)" in message
+    assert f"cannot write {root / 'train_32x32.npy'} ({reason}): make sure of {need}" in message
     assert {path.name for path in root.iterdir()} == {"train_32x32", "valid_32x32"}
 
 

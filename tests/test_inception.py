@@ -27,7 +27,10 @@ from expertdiff.evaluation.judge import Judge
 from expertdiff.evaluation.manifold import adm_float16, euclidean
 
 CPU = torch.device("cpu")
-pytestmark = pytest.mark.filterwarnings("ignore:.*the covariance is singular")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*the covariance is singular"),
+    pytest.mark.filterwarnings("ignore:left out"),
+]
 
 
 class Bomb:
@@ -193,7 +196,7 @@ def test_grey_images_are_three_equal_channels(untrained):
     grey = images(2, 1, 16, 16)
     found = inception(grey)
     assert torch.equal(found, inception(grey.repeat(1, 3, 1, 1)))
-    assert torch.equal(inception.embedding(grey), found[:, :2048])
+    assert torch.equal(inception.embedding(found), found[:, :2048])
     assert inception.metric == "FID" and len(inception.state_dict()) == 0
 
 
@@ -210,16 +213,33 @@ def test_equal_sets_are_at_zero_and_a_collapsed_generator_forgets():
     assert collapsed["IS"] == pytest.approx(1)
 
 
-def test_sets_too_small_for_a_number_go_without_it():
+def told(inception, samples, reference):
+    """The names of the numbers, and what is said of others."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        numbers = inception.distances(samples, reference)
+    said = [str(warning.message) for warning in caught]
+    (left_out,) = [text for text in said if text.startswith("left out")] or [""]
+    return set(numbers), left_out
+
+
+def test_sets_too_small_for_a_number_go_without_it_and_say_so():
     inception = Projected()
     x, y = inception(images(50, 3, 8, 8)), inception.summary(inception(images(9, 3, 8, 8, seed=1)))
-    assert set(inception.distances(y, inception.summary(x))) == {
-        "FID", "sFID", "KID", "precision", "recall",
-    }  # fmt: skip
-    assert set(inception.distances(inception.summary(x[:3]), y)) == {"FID", "sFID"}
-    assert set(inception.distances(inception.summary(x), inception.summary(x[:3]))) == {
-        "FID", "sFID", "IS",
-    }  # fmt: skip
+    many, few = inception.summary(x), inception.summary(x[:3])
+    everything = {"FID", "sFID", "IS", "KID", "precision", "recall"}
+    assert told(inception, many, y) == (everything, "")
+    numbers, left_out = told(inception, y, many)
+    assert numbers == everything - {"IS"}
+    assert left_out == "left out: IS, which needs 10 samples and weights with their classifier"
+    numbers, left_out = told(inception, many, few)
+    assert numbers == {"FID", "sFID", "IS"}
+    assert left_out.startswith("left out: KID, precision and recall, which need 4 images on both")
+    numbers, left_out = told(inception, few, Summary(y.pool))
+    assert numbers == {"FID"}
+    assert all(
+        name in left_out for name in (": sFID, which needs mu_s and sigma_s", "; IS", "; KID")
+    )
 
 
 def test_weights_without_classifier_give_no_inception_score(untrained, tmp_path):
@@ -227,55 +247,56 @@ def test_weights_without_classifier_give_no_inception_score(untrained, tmp_path)
     fid_only = {name: w for name, w in weights.items() if not name.startswith("fc.")}
     torch.save(fid_only, tmp_path / "nofc.pth")
     features = torch.randn(12, 2048 + 2023, generator=torch.Generator().manual_seed(0))
-    assert inception.summary(features).score > 1
-    assert Inception(tmp_path / "nofc.pth").summary(features).score is None
+    summary, without = inception.summary(features), Inception(tmp_path / "nofc.pth")
+    assert summary.score > 1 and without.summary(features).score is None
+    assert "IS, which needs" in told(without, without.summary(features), summary)[1]
 
 
-def counted(count):
-    """Summaries of so many images, of 3 dimensions."""
-    part = Statistics(torch.zeros(3).double(), torch.eye(3).double(), count)
-    return Summary(part, part)
+@pytest.fixture
+def counted(monkeypatch):
+    """Makes summaries of so many images, whose distances cost nothing."""
+    monkeypatch.setattr(module, "frechet_distance", lambda *_: 0.0)
+    zeros = (torch.zeros(d, dtype=torch.float64).expand(d, d) for d in (2048, 2023))
+    parts = [(cov[0], cov) for cov in zeros]
+    return lambda count: Summary(*(Statistics(*part, count) for part in parts))
 
 
 @pytest.mark.parametrize(
     "samples, reference, warned",
     [
-        (2048, 3000, []),
+        (2049, 3000, []),
         (3000, None, []),
-        (2047, None, ["FID of 2047 samples against statistics"]),
-        (3000, 2047, ["FID of 3000 samples against 2047 images"]),
+        (2048, None, ["FID of 2048 samples against statistics: below 2049"]),
+        (3000, 2048, ["FID of 3000 samples against 2048 images"]),
+        (2024, 5000, ["FID of 2024"]),
         (2023, 5000, ["FID of 2023", "sFID of 2023 samples against 5000 images: below 2024"]),
     ],
 )
-def test_too_few_images_are_warned_of_and_named(samples, reference, warned):
+def test_too_few_images_are_warned_of_and_named(counted, samples, reference, warned):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Inception().distances(counted(samples), counted(reference))
-    assert len(caught) == len(warned)
-    for warning, text in zip(caught, warned):
-        assert str(warning.message).startswith(text)
+    said = [str(w.message) for w in caught if not str(w.message).startswith("left out")]
+    assert len(said) == len(warned)
+    assert all(message.startswith(text) for message, text in zip(said, warned))
 
 
-def test_the_first_rank_warns_once(monkeypatch):
-    def said():
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("default")  # Python's own, without pytest's
-            for _ in range(3):
-                Inception().distances(counted(500), counted(None))
-        return len(caught)
-
-    assert said() == 2  # FID, sFID
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
-    assert said() == 0
+def test_warnings_are_said_once(counted):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # Python's own, without pytest's
+        for _ in range(3):
+            Inception().distances(counted(500), counted(None))
+    assert len(caught) == 3  # FID, sFID, what is left out
 
 
 def test_adms_float16_is_another_number_with_another_name():
     plain, adm = Projected(), Projected(adm_fp16=True)
     assert plain.identity != adm.identity and "float16" in adm.identity
+    # It does not touch what single images are compared by.
+    assert plain.embedding_name == adm.embedding_name and "pool_3, " in adm.embedding_name
     x = plain(images(30, 3, 8, 8))
     for judge, distance in ((plain, euclidean), (adm, adm_float16)):
-        radii = distance(x[:, :2048], x[:, :2048]).sort(1).values[:, 3]
+        radii = distance(x[:, :2048])(x[:, :2048]).sort(1).values[:, 3]
         assert torch.equal(judge.summary(x).manifold.radii, radii)
     assert describe(build(describe(adm), Judge)) == describe(adm)
 
@@ -318,7 +339,11 @@ def test_a_file_of_images_takes_the_place_of_the_datas_own(tmp_path):
     digest = hashlib.sha256((tmp_path / "ref.npz").read_bytes()).hexdigest()
     assert against.name == f"ref.npz, sha256 {digest[:12]}" and against.count == 20
     assert torch.equal(against.summary.pool.mean, Projected().real(x, CPU).pool.mean)
+    assert Projected(reference=tmp_path / "ref.npz").own_reference == against.name
+    save_npz(own, tmp_path / "ref.npz")
+    assert Projected(reference=tmp_path / "ref.npz").own_reference not in ("", against.name)
     none = Projected().reference("validation", own, CPU)
+    assert Projected().own_reference == ""
     assert none.name == "validation" and none.count == none.summary.pool.count == 30
 
 

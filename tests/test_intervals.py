@@ -1,8 +1,11 @@
 """Intervals: the exact cut, and each rule against closed forms and planted boundaries."""
 
+import hashlib
 import itertools
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from expertdiff import config_verbs
 from expertdiff.analysis.intervals import (
     AttentionConcentration,
     GradientSimilarity,
@@ -43,6 +47,7 @@ from expertdiff.networks.mlp import MLPDenoiser
 from expertdiff.networks.network import Network
 from expertdiff.networks.unet import ADMUNet, AttentionBlock
 from expertdiff.seeds import generator
+from expertdiff.study import Study
 
 COSINE, SHORT = DiscreteVP(CosineBetas()), DiscreteVP(LinearBetas(), T=100)
 
@@ -339,9 +344,9 @@ def test_one_item_has_both_ends_everywhere(reference):
 def test_digits_have_the_measured_edges_with_any_seed():
     data, edges = Digits(), {}
     for reference in ("script", "paper"):
-        methods = [OptimalDenoiser(triples=1000, reference=reference, seed=s) for s in range(3)]
+        methods = [OptimalDenoiser(reference=reference, seed=s) for s in range(3)]
         found = np.array([m(3, VPSDE(), data, None).partition.edges[1:3] for m in methods])
-        assert np.ptp(found, axis=0).max() <= 0.03
+        assert np.ptp(found, axis=0).max() <= 0.02
         edges[reference] = found.mean(0)
     assert edges["script"] == pytest.approx([0.19, 0.58], abs=0.02)
     assert edges["paper"] == pytest.approx([0.19, 0.865], abs=0.02)
@@ -407,15 +412,98 @@ def test_layers_are_named_by_side_and_order():
     assert names(keys) == ["8-1", "8-2", "4-1", "8-3", "4-2"]
 
 
-@pytest.mark.parametrize("cuts", [(10, 30), (2, 45), (20, 21)])
-def test_kinks_of_a_curve_are_found(cuts):
-    x = np.arange(1, 51) / 50
-    slope = np.full(49, -1.0)
-    slope[: cuts[0]], slope[cuts[1] :] = 2.0, 0.5
-    y = np.concatenate([[0], (slope * np.diff(x)).cumsum()]) + 1e-4 * normal(50).numpy()
+def of_slopes(cuts, slopes):
+    """50 points of a curve that has these slopes, by the progress, before, between, after."""
+    x, slope = np.arange(1, 51) / 50, np.repeat(slopes, np.diff([0, *cuts, 49]))
+    return x, np.concatenate([[0], (slope * np.diff(x)).cumsum()]) + 1e-4 * normal(50).numpy()
+
+
+@pytest.mark.parametrize("slopes", [(2.0, 0.5, -1.0), (1.0, -0.3, -3.0)])
+@pytest.mark.parametrize("cuts", [(10, 30), (5, 44), (20, 25)])
+def test_kinks_of_a_curve_are_found(cuts, slopes):
+    x, y = of_slopes(cuts, slopes)
     partition, cost = change_points(x, y)
     assert partition.edges == pytest.approx([0, x[cuts[0]], x[cuts[1]], 1])
     assert 0 <= cost < 1
+
+
+def test_an_outlier_is_no_interval():
+    x, y = of_slopes((20, 35), (2.0, 0.1, -0.3))
+    y[-1] -= 0.034  # a slope of -2
+    slope = np.diff(y) / np.diff(x)
+    ends, _ = cheapest(49, 3, lambda i, j: (j - i) * slope[i:j].var())
+    assert ends == [0, 20, 48, 49]
+    assert change_points(x, y)[0].edges == pytest.approx([0, x[20], x[35], 1])
+
+
+@pytest.mark.parametrize(
+    "slopes, told",
+    [
+        ((-1.0, 0.1, 2.0), "-2, -0.1 and 1"),
+        ((2.0, 1.0, 0.1), "-0.1, -1 and -2"),
+        ((0.5, 2.0, -1.0), "1, -2 and -0.5"),
+    ],
+)
+def test_a_curve_of_another_shape_is_refused_with_its_slopes(slopes, told):
+    x, y = of_slopes((10, 30), slopes)
+    with pytest.raises(
+        ValueError, match=r"does not rise, stay and fall: .* \[0, 0.22, 0.62, 1\] are"
+    ) as raised:
+        change_points(x, y.round(3))
+    numbers = re.search(r"are (.*); take another method", str(raised.value))[1]
+    assert [float(n) for n in re.split(", | and ", numbers)] == pytest.approx(
+        [float(n) for n in re.split(", | and ", told)], abs=0.02
+    )
+
+
+class Attention(nn.Module):
+    """Of n keys, as concentrated as its input r says, relative to attention on one key."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def queries_keys_values(self, r):
+        # softmax(z, 0, .., 0) has the first weight less the others = (e^z - 1) / (e^z + n - 1).
+        z, keys = ((1 + (self.n - 1) * r) / (1 - r)).log(), torch.eye(self.n)[None, None]
+        return z[:, None, None, None] * self.n**0.5 * keys, keys.expand(len(r), -1, -1, -1), None
+
+    def forward(self, r):
+        return r
+
+
+class Hump(Network):
+    """Its attention rises from noise on, stays between two borders, falls towards the data."""
+
+    def __init__(self, steps: int = 100, clean: float = 0.2, noisy: float = 0.7) -> None:
+        super().__init__()
+        self.steps, self.clean, self.noisy = steps, clean, noisy
+        self.layers = nn.ModuleList([Attention(16), Attention(64)])
+        self.w = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x_t, t, y=None):
+        u = (t + 1) / self.steps
+        r = torch.minimum(u / self.clean, (1 - u) / (1 - self.noisy)).clamp(max=1)
+        for layer, share in zip(self.layers, (0.8, 0.4)):
+            layer(share * r)
+        return self.w * x_t
+
+
+@pytest.mark.parametrize("borders", [(0.2, 0.7), (0.1, 0.8), (0.45, 0.55)])
+def test_planted_borders_of_attention_are_found(borders):
+    chosen = AttentionConcentration(samples=2, steps=100)(
+        3, SHORT, None, bundle_of(Hump(100, *borders))
+    )
+    assert chosen.partition.edges == pytest.approx([0, *borders, 1])
+    mean = chosen.curves[0].y
+    assert max(mean) == pytest.approx(0.6, rel=1e-4) and mean[-1] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("steps", [3, "ddim3"])
+def test_too_few_steps_are_refused_by_their_name(steps, monkeypatch):
+    monkeypatch.setattr(AttentionConcentration, "curves", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(ValueError, match=f"steps {steps} visit [34] t, .* give at least 4"):
+        AttentionConcentration(steps=steps)(3, SHORT, None, bundle_of(Hump()))
 
 
 def unet_with_attention(**options):
@@ -485,7 +573,7 @@ def test_a_network_that_attends_evenly_has_curves_of_zero():
 
 
 def test_experts_side_by_side_give_one_set_of_curves():
-    network = unet_with_attention()
+    network = Hump()
     denoiser = bundle_of(network).denoiser
     routed = around(RoutedExperts([denoiser] * 2, Partition([0, 0.5, 1])), network, (1, 8, 8))
     method = AttentionConcentration(samples=2, steps=10)
@@ -493,12 +581,10 @@ def test_experts_side_by_side_give_one_set_of_curves():
 
 
 def test_the_average_is_of_layers_relative_to_their_bounds():
-    chosen = AttentionConcentration(samples=2, steps=10)(
-        3, SHORT, None, bundle_of(unet_with_attention())
-    )
+    chosen = AttentionConcentration(samples=2, steps=10)(3, SHORT, None, bundle_of(Hump()))
     mean, *layers = chosen.curves
-    assert [curve.label for curve in layers] == ["8-1", "4-1", "8-2", "8-3"]
-    bounds = bound(np.array([64, 16, 64, 64]))
+    assert [curve.label for curve in layers] == ["4-1", "8-1"]
+    bounds = bound(np.array([16, 64]))
     expected = np.mean([np.array(c.y) / b for c, b in zip(layers, bounds)], axis=0)
     assert mean.y == pytest.approx(expected)
     assert set(chosen.partition.edges[1:3]) < set(mean.x) and len(chosen.partition) == 3
@@ -564,10 +650,14 @@ def test_every_method_takes_a_network_with_attention(tmp_path):
         AttentionConcentration(samples=2, steps=10),
     ]
     process = DiscreteVP(LinearBetas(1e-4, 0.9), T=20)
-    data, bundle = Given(normal(40, 1, 8, 8)), bundle_of(unet_with_attention(), process)
+    data, bundle = Given(normal(40, 1, 8, 8)), bundle_of(Hump(20), process)
+    bundle = Bundle(bundle.denoiser, bundle.manifest, tmp_path)
+    (tmp_path / "manifest.json").write_text("{}")
     chosen = select(methods, 3, process, data, bundle, tmp_path)
     assert [c.name for c in chosen] == [type(method).__name__ for method in every()]
-    assert json.loads((tmp_path / "intervals.json").read_text())["bundle"] == "some/bundle"
+    digest = hashlib.sha256(b"{}").hexdigest()
+    named = {"folder": str(tmp_path), "manifest_sha256": digest}
+    assert json.loads((tmp_path / "intervals.json").read_text())["bundle"] == named
 
 
 def test_the_picture_shows_each_curve_over_its_intervals():
@@ -608,3 +698,12 @@ def test_no_method_and_one_method_twice_are_refused(tmp_path):
         select([LogSNR()], 0, COSINE, Given(normal(5, 2)), None, tmp_path)
     with pytest.raises(ValueError, match="no method applies: k = 0"):
         select([LogSNR(), UniformLength()], 0, COSINE, Given(normal(5, 2)), None, tmp_path)
+
+
+def test_too_few_steps_for_one_choice_are_refused_before_any_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(config_verbs, "launch_config", lambda *_: pytest.fail("launched"))
+    edges = {UniformLength(): [0, 0.5, 1], LogSNR(): [0, 0.01, 1]}
+    found = [Selection(method, Partition(cut)) for method, cut in edges.items()]
+    cli, ours = SimpleNamespace(study=Study()), SimpleNamespace(train=20, config=[])
+    with pytest.raises(ValueError, match=r"study.iterations = 20 .* leaves \[0, 20\] steps"):
+        config_verbs.compare_choices(found, cli, [], ours, tmp_path)

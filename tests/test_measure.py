@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch import nn
 
-from expertdiff.cli import run_verb
+from expertdiff.cli import main, run_verb
 from expertdiff.data.images import Digits
 from expertdiff.describe import describe
 from expertdiff.diffusion.denoiser import X0
@@ -20,13 +20,16 @@ from expertdiff.evaluation import inception as module
 from expertdiff.evaluation.features import FeatureExtractor, Pixels
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
 from expertdiff.evaluation.images import load_npz, save_npz
-from expertdiff.evaluation.inception import Inception
+from expertdiff.evaluation.inception import COMPARABLE, Inception
 from expertdiff.files import sha256_of, write_json
 from expertdiff.measure import measure
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.networks.network import Network
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*the covariance is singular")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*the covariance is singular"),
+    pytest.mark.filterwarnings("ignore:left out"),
+]
 
 
 class Sines(Inception):
@@ -89,6 +92,13 @@ def test_statistics_are_measured_against_and_tell_what_they_can(tmp_path, capsys
     result = json.loads((tmp_path / "drawn.json").read_text())
     assert result["distances"] == {"FID": pytest.approx(0, abs=1e-6)}
     assert result["reference_samples"] is None and "(statistics)" in capsys.readouterr().out
+
+
+def test_a_second_reference_is_refused(tmp_path):
+    drawn, real = files(tmp_path, drawn=images(9), real=images(9, seed=1))
+    with pytest.raises(ValueError, match=r"judge.reference real.npz.* leave judge.reference out"):
+        measure(drawn, real, Sines(reference=real))
+    assert not (tmp_path / "drawn.json").exists()
 
 
 @pytest.mark.parametrize("judge", [Pixels(), Sines()])
@@ -177,6 +187,14 @@ def test_a_bundle_of_another_resolution_than_the_file_is_refused_before_sampling
     (real,) = files(tmp_path, real=images(9, size=16, channels=1))
     with pytest.raises(ValueError, match=r"\[1, 16, 16\].*\[1, 8, 8\]"):
         result_of(bundle(tmp_path / "bundle"), Sines(reference=real))
+
+
+@pytest.mark.parametrize("verb", ["measure", "test"])
+def test_help_says_which_number_compares_with_whose(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    assert " ".join(COMPARABLE.split()) in " ".join(capsys.readouterr().out.split())
 
 
 def test_judges_of_images_are_what_the_verb_takes(capsys):

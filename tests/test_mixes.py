@@ -109,7 +109,7 @@ def test_scores_are_kept(study, mixer, monkeypatch):
     assert ours.score({"a": mixes["A only"]})["a"] == first["A only"]
 
 
-def test_scores_depend_on_the_reference_that_is_used(cli, mixer, monkeypatch):
+def test_scores_depend_on_the_reference_that_is_used(mixer, monkeypatch):
     def protocol(**changes):
         ours = mixer()
         ours.data = Digits(**changes)

@@ -14,6 +14,7 @@ from expertdiff.evaluation.inception import Inception, Summary
 from expertdiff.evaluation.reference import read_reference
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:left out")
 POOL, SPATIAL = 20, 13
 
 
@@ -141,10 +142,42 @@ def test_other_content_is_refused_and_nothing_is_executed(tmp_path):
         with pytest.raises(ValueError, match=name) as raised:
             read_reference(tmp_path / name)
         assert "\n" not in str(raised.value)
-    torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds neither"):
-        read_reference(tmp_path / "list.pt")
     assert not (tmp_path / "mark").exists()
+
+
+def test_tensors_are_statistics_too(tmp_path):
+    arrays = moments(0.5, 2.0)
+    tensors = {name: torch.from_numpy(array).float() for name, array in arrays.items()}
+    torch.save(tensors, tmp_path / "x.pt")
+    _, pool, spatial = read_reference(tmp_path / "x.pt")
+    assert (pool.mean.numpy() == arrays["mu"]).all() and spatial.cov.trace() == 2 * SPATIAL
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ([1, 2], "holds neither images"),
+        ({"arr_0": [1]}, "holds neither images"),
+        ({"mu": [0.0] * POOL, "sigma": [[1.0], [2.0, 3.0]]}, "mu or sigma that is no array"),
+        ({"mu": "zero", "sigma": {}}, "mu or sigma that is no array"),
+        ({"mu": None, "sigma": torch.eye(POOL)}, r"mu \[\] and sigma \[20, 20\]"),
+        (
+            {"mu": torch.zeros(POOL).bfloat16(), "sigma": torch.eye(POOL)},
+            "mu or sigma that is no array",
+        ),
+    ],
+)
+def test_what_is_no_statistics_is_refused_in_one_sentence(tmp_path, content, reason):
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=f"x.pt holds .*{reason}|x.pt {reason}") as raised:
+        read_reference(tmp_path / "x.pt")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["absent.pt", "absent.npz"])
+def test_an_absent_file_is_called_so(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} is not a file: give"):
+        read_reference(tmp_path / name)
 
 
 def test_a_reference_that_is_no_file_is_refused_at_once(tmp_path):

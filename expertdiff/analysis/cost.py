@@ -213,14 +213,14 @@ def account(baseline: History, model: History, rule: Rule, measure: Measure) -> 
             f"{seeds[0]} sampling seeds of the model and {seeds[1]} of the baseline cannot be "
             "paired: measure both with the same"
         )
-    ours, theirs = _resampled(model.distances), _resampled(baseline.distances)
-    found, goal = _found(ours, rule), _found(theirs, rule)
-    found["equivalent"] = [equivalent(row, target) for row, target in zip(ours, theirs.min(1))]
-    costs = _costs(model, baseline, measure), _costs(baseline, baseline, measure)
-    ratio = _at(found["equivalent"], costs[0]) / _at(goal["best"], costs[1])
+    curves, targets = _resampled(model.distances), _resampled(baseline.distances)
+    found, goal = _found(curves, rule), _found(targets, rule)
+    found["equivalent"] = [equivalent(row, target) for row, target in zip(curves, targets.min(1))]
+    ours, theirs = costs(model, baseline, measure), costs(baseline, baseline, measure)
+    ratio = _at(found["equivalent"], ours) / _at(goal["best"], theirs)
     return Account(
-        baseline={name: _milestone(points, costs[1]) for name, points in goal.items()},
-        model={name: _milestone(points, costs[0]) for name, points in found.items()},
+        baseline={name: _milestone(points, theirs) for name, points in goal.items()},
+        model={name: _milestone(points, ours) for name, points in found.items()},
         speed_up=_estimate(1 / ratio[:, 1]),
         saving=_estimate(100 * (1 - ratio[:, 0])),
         saving_wall=_estimate(100 * (1 - ratio[:, 1])),
@@ -245,22 +245,22 @@ def _found(curves: np.ndarray, rule: Rule) -> dict[str, list[int | None]]:
     }
 
 
-def _costs(history: History, baseline: History, measure: Measure) -> np.ndarray:
-    """NTC and NWCT [P, 2] of each point."""
+def costs(history: History, baseline: History, measure: Measure) -> np.ndarray:
+    """NTC and NWCT [P, 2] of each point, the baseline's last being 100; devices count in NTC."""
     devices = (history.devices, baseline.devices) if measure == "seconds" else (1, 1)
     base = sum(baseline.spent(measure)[-1])
     total = base * devices[1] / devices[0]
     return np.array([(ntc(spent, total), nwct(spent, base)) for spent in history.spent(measure)])
 
 
-def _at(points: Sequence[int | None], costs: np.ndarray) -> np.ndarray:
-    """The rows of `costs` at `points`, NaN for ``None``."""
-    rows = np.vstack([costs, np.full(2, np.nan)])
+def _at(points: Sequence[int | None], spent: np.ndarray) -> np.ndarray:
+    """The rows of `spent` at `points`, NaN for ``None``."""
+    rows = np.vstack([spent, np.full(2, np.nan)])
     return rows[[-1 if point is None else point for point in points]]
 
 
-def _milestone(points: Sequence[int | None], costs: np.ndarray) -> Milestone:
-    return Milestone(points[0], *(_estimate(values) for values in _at(points, costs).T))
+def _milestone(points: Sequence[int | None], spent: np.ndarray) -> Milestone:
+    return Milestone(points[0], *(_estimate(values) for values in _at(points, spent).T))
 
 
 def _estimate(values: np.ndarray) -> Estimate:

@@ -15,9 +15,11 @@ from tqdm import tqdm
 from expertdiff.bundle import Expert, check_together
 from expertdiff.data.base import Data
 from expertdiff.describe import describe
+from expertdiff.devices import default_device
 from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.samplers import SampleNoise, State
+from expertdiff.evaluation.cache import digest_of
 from expertdiff.evaluation.kinds import kind
 from expertdiff.files import read_json, write_json
 from expertdiff.methods.stitched import Evaluation, sample_labels
@@ -60,7 +62,7 @@ class Mixer:
             raise ValueError("the evaluation has no judge: name one, for example Pixels")
         self.partition, self.evaluation, self.data = partition, evaluation, data
         self.scores, self.precision = scores, precision
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self._experts: dict[Path, Expert] = {}
 
     def score(self, mixes: Mapping[str, Mix]) -> dict[str, Scores]:
@@ -100,7 +102,7 @@ class Mixer:
 
     @cached_property
     def _protocol(self) -> dict[str, Any]:
-        e = self.evaluation
+        e, (items, _) = self.evaluation, self.data.split("reference")
         return {
             "partition": list(self.partition.edges),
             "sampler": describe(e.sampler),
@@ -108,8 +110,7 @@ class Mixer:
             "samples": e.samples,
             "seeds": list(e.seeds),
             "precision": self.precision,
-            "reference": self.data.reference,
-            "data": self.data.identity()["digest"],
+            "reference": e.judge.own_reference or digest_of(items),
         }
 
     def _measured(self, mixes: dict[str, Mix]) -> dict[str, Scores]:
@@ -126,7 +127,7 @@ class Mixer:
             for index in tqdm(batches, desc=f"{len(mixes)} models, seed {seed}", leave=False):
                 walk = Walk(self, denoisers, seed, index.tolist())
                 for key, samples in walk.samples(mixes):
-                    features[key].append(e.judge(samples).cpu())
+                    features[key].append(e.judge(samples))
             for key, parts in features.items():
                 summary = e.judge.summary(torch.cat(parts))
                 for name, value in e.judge.distances(summary, reference.summary).items():
@@ -177,18 +178,19 @@ class Walk:
             # Where another expert takes over, samplers are told that there is a border.
             denoiser.partition = Partition([0, 1]) if path == above else self.mixer.partition
             state = self._through(level, denoiser, start)
-            found += self._below(level - 1, dict(group), state, path)
+            acted = start is None or state.k > start.k  # no step may fall into an interval
+            found += self._below(level - 1, dict(group), state, path if acted else above)
         return found
 
     def _through(self, level: int, denoiser: Denoiser, start: State | None) -> State:
         """The first state below interval `level`, or the samples."""
         mixer = self.mixer
         sampler, process = mixer.evaluation.sampler, denoiser.process
+        owners = mixer.partition.index(process.progress(process.visited(sampler.steps))).tolist()
         with torch.autocast(
             mixer.device.type, torch.bfloat16, enabled=mixer.precision == "bf16-mixed"
         ):
             for state in sampler.trajectory(denoiser, self.noise, self.labels, start):
-                t = torch.tensor([state.t])
-                if state.t == -1 or mixer.partition.index(process.progress(t)) < level:
+                if state.k == len(owners) or owners[state.k] < level:
                     break
         return state

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm.contrib.concurrent import thread_map
 
-from expertdiff.data.base import Split
+from expertdiff.data.base import Split, permutation
 from expertdiff.data.images import Images
 from expertdiff.seeds import seed_of
 
@@ -28,6 +28,7 @@ class ImageFolder(Images):
     pictures, of which a hash of each picture's name sets `validation_fraction` apart: a picture
     stays on its side when others come or go. In each of these folders the pictures lie in one
     subfolder a class, as torchvision's ImageFolder has it, or all directly in it, without classes.
+    Their order is drawn once and for all, without regard to their class.
 
     Pictures are turned upright (EXIF), 16 bits become 8, transparency is dropped; the shorter side
     is resized to `image_size` (bicubic, antialiased) and the middle cut out. The memory needed is
@@ -79,7 +80,8 @@ class ImageFolder(Images):
         return self.class_names and len(self.class_names)
 
     def read(self, name: Split) -> tuple[Tensor, Tensor]:
-        pictures = self._pictures[name]
+        found = self._pictures[name]
+        pictures = [found[i] for i in permutation(len(found), "folder")]
         labels = torch.tensor([self._label(picture) for picture in pictures])
         need = len(pictures) * np.prod(self.shape)
         if need > available_memory():

@@ -186,9 +186,11 @@ def pack(folder: Path, count: int) -> None:
                     file.write(np.stack(block).tobytes())
                     bar.update(len(block))
     except OSError as error:
+        forbidden = isinstance(error, PermissionError)
+        need = "permission to write" if forbidden else f"{count * 3072 / 2**30:.1f} GiB of room"
         raise ValueError(
-            f"cannot write {packed} ({error.strerror}): make {count * 3072 / 2**30:.1f} GiB of "
-            f"room there, or copy {folder.name} to where it is"
+            f"cannot write {packed} ({error.strerror}): make sure of {need} there, or copy "
+            f"{folder.name} to where you have it"
         ) from error
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def cached(
     The file's name is the SHA-256 of all that the numbers depend on, so other images, weights or
     sizes never meet an old file; one that is truncated or renamed is computed again. Any number of
     processes may call this at once: files appear whole.
+    A folder that cannot be written is warned of.
 
     Args:
         folder: created if need be.
@@ -47,9 +49,21 @@ def cached(
     if values is None:
         values = compute()
         arrays = {n: v.cpu().numpy() if isinstance(v, Tensor) else v for n, v in values.items()}
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, key=key, **arrays)
+        try:
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, key=key, **arrays)
+        except OSError as error:
+            warnings.warn(
+                f"cannot keep what was computed of {count} images in {folder} ({error.strerror}), "
+                "so it will be computed again: set XDG_CACHE_HOME to a folder with room",
+                stacklevel=2,
+            )
     return values
+
+
+def digest_of(items: Tensor) -> str:
+    """The SHA-256, in hex, of the bytes of items on the CPU."""
+    return hashlib.sha256(items.contiguous().numpy()).hexdigest()
 
 
 def _read(path: Path, key: str) -> Values | None:

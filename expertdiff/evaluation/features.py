@@ -1,5 +1,6 @@
 """What images are compared by: named features, and the honest name of a distance on them."""
 
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from expertdiff.files import sha256_of
 BATCH = 100
 """Images whose features are computed at a time."""
 
+MANY = 200_000
+"""Images up to which all features are kept on the device: 3.3 GB of Inception's."""
+
 
 class FeatureExtractor(Judge, ABC):
     """The Frechet distance on features [B,D] of uint8 images [B,C,H,W], C 1 or 3.
@@ -29,7 +33,7 @@ class FeatureExtractor(Judge, ABC):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """The features [B,D], in full float32 whatever the trainer's precision.
+        """The features [B,D] of any number B, in full float32 whatever the trainer's precision.
 
         Raises:
             ValueError: the images are not uint8 [B, 1 or 3, H, W].
@@ -40,16 +44,25 @@ class FeatureExtractor(Judge, ABC):
             torch.autocast(images.device.type, enabled=False),
             torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
         ):
-            return self.extract(images)
+            return torch.cat([self.extract(part) for part in images.split(BATCH)])
 
-    def embedding(self, images: Tensor) -> Tensor:
-        """Those of the features [B,D] by which two single images may be compared."""
-        return self(images)
+    @property
+    def embedding_name(self) -> str:
+        """Of `embedding`, as `identity` is of all features."""
+        return self.identity
+
+    def embedding(self, features: Tensor) -> Tensor:
+        """Those [N,E] of the features [N,D] by which two single images may be compared."""
+        return features
 
     def features(self, images: Tensor, device: torch.device) -> Tensor:
-        """The features [N,D], on `device`, of any number of images on the CPU."""
+        """The features [N,D] of images on the CPU, computed on `device`.
+
+        They stay there; those of more than 200,000 images are gathered on the CPU.
+        """
+        home = device if len(images) <= MANY else torch.device("cpu")
         batches = tqdm(images.split(BATCH), desc="features", leave=False)
-        return torch.cat([self(batch.to(device)) for batch in batches])
+        return torch.cat([self(batch.to(device)).to(home) for batch in batches])
 
     def summary(self, features: Tensor) -> Statistics:
         return Statistics.of(features)
@@ -73,6 +86,8 @@ class FeatureExtractor(Judge, ABC):
         return Reference(self.real(images, device), named(path), len(images))
 
     def distances(self, samples: Statistics, reference: Statistics) -> dict[str, float]:
+        """Warns of fewer images than the covariance needs."""
+        warn_of_few(self.metric, samples, reference)
         return {self.metric: frechet_distance(samples, reference)}
 
 
@@ -88,6 +103,19 @@ class Pixels(FeatureExtractor):
 
     def extract(self, images: Tensor) -> Tensor:
         return images.flatten(1).float() / 255
+
+
+def warn_of_few(metric: str, samples: Statistics, reference: Statistics) -> None:
+    """Warns of fewer than D + 1 images, of which a covariance of D features is singular."""
+    fewest = len(samples.mean) + 1
+    if min(samples.count, reference.count or samples.count) < fewest:
+        against = "statistics" if reference.count is None else f"{reference.count} images"
+        warnings.warn(
+            f"{metric} of {samples.count} samples against {against}: below {fewest} images the "
+            "covariance is singular, and the number says more about their count than about them; "
+            "compare it with equal counts only, or draw more samples",
+            stacklevel=1,  # one place for all calls: said once
+        )
 
 
 def named(path: Path) -> str:

@@ -28,7 +28,9 @@ class Statistics:
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 2:
-            raise ValueError(f"statistics of {self.count} images: a covariance needs at least 2")
+            raise ValueError(
+                f"statistics of {self.count} images: a covariance needs at least 2, so give more"
+            )
         if self.mean.ndim != 1 or self.cov.shape != 2 * self.mean.shape:
             shapes = f"mean {list(self.mean.shape)} and covariance {list(self.cov.shape)}"
             raise ValueError(f"{shapes} do not fit: give [D] and [D, D]")

@@ -1,6 +1,5 @@
 """Images judged by the 2015 Inception: FID, sFID, KID, IS, precision and recall in one pass."""
 
-import hashlib
 import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from expertdiff.evaluation.cache import CACHE, Values, cached
-from expertdiff.evaluation.features import FeatureExtractor, check_shape, named
-from expertdiff.evaluation.fidelity import inception_score, kernel_distance
+from expertdiff.evaluation.cache import CACHE, Values, cached, digest_of
+from expertdiff.evaluation.features import FeatureExtractor, check_shape, named, warn_of_few
+from expertdiff.evaluation.fidelity import SPLITS, inception_score, kernel_distance
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
 from expertdiff.evaluation.judge import Reference
 from expertdiff.evaluation.manifold import (
@@ -39,9 +38,6 @@ and recall are on pool_3 with k = 3, as ADM's, which rounds distances to float16
 too); programs that use VGG-16 give other numbers. Statistics files (mu, sigma) give FID, and sFID
 where they hold mu_s and sigma_s; they tell nothing of KID, precision or recall. FD-pixels, the
 distance of Pixels, is never FID and compares with nothing but itself."""
-
-FEWEST = {"FID": 2048, "sFID": 2024}
-"""Images below which a covariance of these features is singular, and which is warned of."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,12 +115,20 @@ class Inception(FeatureExtractor):
 
     @property
     def identity(self) -> str:
-        _, digest = self._loaded
         rounding = ", float16 distances" if self.adm_fp16 else ""
-        return (
-            "inception-v3-compat pool_3 and Mixed_6d, TF1 bilinear to 299, "
-            f"weights sha256 {digest}{rounding}"
-        )
+        return f"{self._named('pool_3 and Mixed_6d')}{rounding}"
+
+    @property
+    def embedding_name(self) -> str:
+        return self._named("pool_3")
+
+    def _named(self, features: str) -> str:
+        _, digest = self._loaded
+        return f"inception-v3-compat {features}, TF1 bilinear to 299, weights sha256 {digest}"
+
+    @property
+    def own_reference(self) -> str:
+        return "" if self.file is None else named(self.file)
 
     def extract(self, images: Tensor) -> Tensor:
         network, _ = self._loaded
@@ -135,9 +139,9 @@ class Inception(FeatureExtractor):
         # Channels last: the order of ADM's statistics files.
         return torch.cat([pool, maps[0].permute(0, 2, 3, 1).flatten(1)], dim=1)
 
-    def embedding(self, images: Tensor) -> Tensor:
-        """pool_3 [B,2048]."""
-        return self(images)[:, :POOL]
+    def embedding(self, features: Tensor) -> Tensor:
+        """pool_3 [N,2048]."""
+        return features[:, :POOL]
 
     def summary(self, features: Tensor) -> Summary:
         network, _ = self._loaded
@@ -154,7 +158,7 @@ class Inception(FeatureExtractor):
         values = cached(
             CACHE,
             lambda: self.summary(self.features(items, device)).values(),
-            data_digest=hashlib.sha256(items.contiguous().numpy()).hexdigest(),
+            data_digest=digest_of(items),
             count=len(items),
             resolution=items.shape[-1],
             extractor=self.identity,
@@ -183,13 +187,15 @@ class Inception(FeatureExtractor):
     def distances(self, samples: Summary, reference: Summary) -> dict[str, float]:
         """FID, and sFID, KID, IS, precision and recall as far as both summaries have them.
 
-        Warns of fewer images than FID and sFID need, on the first rank.
+        Warns of those that are left out, and of fewer images than FID and sFID need.
         """
+        if left_out := _left_out(samples, reference):
+            warnings.warn(f"left out: {'; '.join(left_out)}", stacklevel=1)  # said once
         numbers = {}
         for name, part in (("FID", "pool"), ("sFID", "spatial")):
             ours, theirs = getattr(samples, part), getattr(reference, part)
             if theirs is not None:
-                _warn_of_few(name, ours.count, theirs.count)
+                warn_of_few(name, ours, theirs)
                 numbers[name] = frechet_distance(ours, theirs)
         if samples.score is not None:
             numbers["IS"] = samples.score
@@ -216,14 +222,13 @@ def _file(argument: str, path: Path | None, expected: str) -> Path | None:
     return file
 
 
-def _warn_of_few(metric: str, samples: int, reference: int | None) -> None:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    first = not several or torch.distributed.get_rank() == 0
-    if first and min(samples, reference or samples) < FEWEST[metric]:
-        against = "statistics" if reference is None else f"{reference} images"
-        warnings.warn(
-            f"{metric} of {samples} samples against {against}: below {FEWEST[metric]} images the "
-            "covariance is singular, and the number says more about their count than about them; "
-            "compare it with equal counts only, or draw more samples",
-            stacklevel=1,  # one place for all calls: said once
-        )
+def _left_out(samples: Summary, reference: Summary) -> list[str]:
+    """The numbers that two summaries do not give, and why."""
+    reasons = {
+        "sFID, which needs mu_s and sigma_s in a file of statistics": reference.spatial,
+        f"IS, which needs {SPLITS} samples and weights with their classifier": samples.score,
+        f"KID, precision and recall, which need {K + 1} images on both sides, not statistics": (
+            samples.manifold and reference.manifold
+        ),
+    }
+    return [reason for reason, held in reasons.items() if held is None]

@@ -52,6 +52,11 @@ class Judge(Described, nn.Module, ABC):
         Loads and checks whatever the judge needs: ask before hours of sampling, not after.
         """
 
+    @property
+    def own_reference(self) -> str:
+        """The name of what it compares with instead of the data's own items; "" where nothing."""
+        return ""
+
     @abstractmethod
     def forward(self, samples: Tensor) -> Tensor:
         """What is kept of samples [B, ...]: features [B, D], float32, on their device."""

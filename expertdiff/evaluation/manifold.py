@@ -15,28 +15,36 @@ K = 3
 ROWS = 1000
 """Images whose distances to a whole set are held at a time."""
 
-Distance = Callable[[Tensor, Tensor], Tensor]
-"""Of features [N, D] and [M, D]: [N, M], in any unit that grows with the distance."""
+Distance = Callable[[Tensor], Callable[[Tensor], Tensor]]
+"""Of features [M, D] that are cast once: a function from features [N, D] to distances [N, M]."""
 
 
-def euclidean(a: Tensor, b: Tensor) -> Tensor:
-    """Distances [N, M] in float64, of features [N, D] and [M, D]."""
-    if a.device.type == "mps":  # Apple's GPUs have no float64
-        a, b = a.cpu(), b.cpu()
-    return torch.cdist(a.double(), b.double())
+def euclidean(to: Tensor) -> Callable[[Tensor], Tensor]:
+    """Distances in float64."""
+    to = _float64(to)
+    return lambda x: torch.cdist(_float64(x), to)
 
 
-def adm_float16(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distances [N, M] with the rounding of ADM's evaluator: float16 if none overflows.
+def _float64(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()  # Apple's GPUs have none
+
+
+def adm_float16(to: Tensor) -> Callable[[Tensor], Tensor]:
+    """Squared distances with the rounding of ADM's evaluator: float16 if none overflows.
 
     It moves precision and recall by up to .003. The products of a row are summed in float32, as
     GPUs do.
     """
-    a16, b16 = a.half(), b.half()
-    products = (a16.float() @ b16.float().T).half()
-    squares = [(x * x).sum(1) for x in (a16, b16)]
-    rounded = (squares[0][:, None] - 2 * products + squares[1]).clamp(min=0)
-    return rounded.float() if rounded.isfinite().all() else euclidean(a, b).square().float()
+    to16, rounded_to = to.half(), to.half().float()
+    squares = to16.square().sum(1)
+
+    def distances(x: Tensor) -> Tensor:
+        x16 = x.half()
+        products = (x16.float() @ rounded_to.T).half()
+        rounded = (x16.square().sum(1)[:, None] - 2 * products + squares).clamp(min=0)
+        return rounded.float() if rounded.isfinite().all() else euclidean(to)(x).square().float()
+
+    return distances
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +72,8 @@ class Manifold:
                 f"needs {K} others"
             )
         # The first neighbour of an image is the image itself.
-        radii = [distance(x, features).kthvalue(K + 1).values for x in features.split(ROWS)]
+        distances = distance(features)
+        radii = [distances(x).kthvalue(K + 1).values for x in features.split(ROWS)]
         return cls(features, torch.cat(radii))
 
 
@@ -81,10 +90,10 @@ def precision_recall(
     Returns:
         precision, recall: in [0, 1].
     """
-    features = reference.features.to(samples.features.device)
-    inside, covered = [], torch.zeros(len(features), dtype=torch.bool)
+    to_reference = distance(reference.features.to(samples.features.device))
+    inside, covered = [], torch.zeros(len(reference.features), dtype=torch.bool)
     for rows, radii in zip(samples.features.split(ROWS), samples.radii.split(ROWS)):
-        distances = distance(rows, features)
+        distances = to_reference(rows)
         inside.append((distances <= reference.radii.to(distances.device)).any(1).cpu())
         covered |= (distances <= radii[:, None]).any(0).cpu()
     precision, recall = (x.double().mean().item() for x in (torch.cat(inside), covered))

@@ -1,7 +1,7 @@
 """Files of Inception statistics that others published: ADM's, EDM's, torch-fidelity's."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,6 +12,9 @@ from expertdiff.evaluation.images import images_of, read_arrays
 
 POOL, SPATIAL = 2048, 2023
 """Dimensions of pool_3, and of the spatial features of sFID."""
+
+MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
+"""Names of statistics in a file."""
 
 
 class ReferenceFile(NamedTuple):
@@ -37,11 +40,12 @@ def read_reference(path: Path) -> ReferenceFile:
             in float64, whatever the file's own types are.
 
     Raises:
-        ValueError: unreadable, a pickle, none of these, or statistics of other dimensions or not
-            finite.
+        ValueError: no file, unreadable, a pickle, none of these, or statistics that are no numbers,
+            of other dimensions or not finite.
     """
-    names = ("mu", "sigma", "mu_s", "sigma_s")
-    arrays = _unpickled(path) if path.suffix == ".pt" else read_arrays(path, (*names, "arr_0"))
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file: give an .npz or torch-fidelity's .pt")
+    arrays = _unpickled(path) if path.suffix == ".pt" else read_arrays(path, (*MOMENTS, "arr_0"))
     images = images_of(path, arrays)[0] if "arr_0" in arrays else None
     pool = _statistics(path, arrays, "mu", "sigma", POOL)
     spatial = _statistics(path, arrays, "mu_s", "sigma_s", SPATIAL)
@@ -54,27 +58,33 @@ def read_reference(path: Path) -> ReferenceFile:
 
 
 def _statistics(
-    path: Path, arrays: dict[str, np.ndarray], mu: str, sigma: str, dimensions: int
+    path: Path, arrays: dict[str, Any], mu: str, sigma: str, dimensions: int
 ) -> Statistics | None:
     if mu not in arrays or sigma not in arrays:
         return None
-    shapes = arrays[mu].shape, arrays[sigma].shape
-    if shapes != ((dimensions,), (dimensions, dimensions)):
+    try:  # in a .pt they may be anything, tensors among it
+        moments = [np.asarray(arrays[name], np.float64) for name in (mu, sigma)]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"{path} holds {mu} or {sigma} that is no array of numbers: give ADM's, EDM's or "
+            "torch-fidelity's file as it was published"
+        ) from error
+    shapes = [moment.shape for moment in moments]
+    if shapes != [(dimensions,), (dimensions, dimensions)]:
         raise ValueError(
             f"{path} holds {mu} {list(shapes[0])} and {sigma} {list(shapes[1])} where Inception's "
             f"have {dimensions} dimensions: give statistics of the same features"
         )
-    mean, cov = (torch.from_numpy(arrays[name].astype(np.float64)) for name in (mu, sigma))
     try:
-        return Statistics(mean, cov, None)
+        return Statistics(*map(torch.from_numpy, moments), None)
     except ValueError as error:
         raise ValueError(
             f"{path} is damaged: {mu} or {sigma} is not finite; fetch it again"
         ) from error
 
 
-def _unpickled(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file of torch-fidelity's, which torch.save wrote."""
+def _unpickled(path: Path) -> dict[str, Any]:
+    """The statistics in a file of torch-fidelity's, which torch.save wrote."""
     rebuild = np.zeros(0).__reduce__()[0]
     allowed = [
         np.ndarray,
@@ -91,4 +101,5 @@ def _unpickled(path: Path) -> dict[str, np.ndarray]:
             f"{path} cannot be loaded as plain arrays ({type(error).__name__}): it is damaged, or "
             "a pickle, which is never run; give statistics as .npz"
         ) from error
-    return content if isinstance(content, dict) else {}
+    content = content if isinstance(content, dict) else {}
+    return {name: content[name] for name in MOMENTS if name in content}

@@ -35,6 +35,9 @@ class Evaluation:
         samples: how many, for each sampling seed.
         seeds: sampling seeds; a distance is given as mean and spread over them.
         batch_size: samples drawn at a time, on each device.
+
+    Raises:
+        ValueError: nothing to draw, or a seed twice.
     """
 
     sampler: Sampler
@@ -42,6 +45,15 @@ class Evaluation:
     samples: int = 10_000
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} draws nothing: give 1 or more")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(
+                f"seeds {list(self.seeds)} draw nothing, or the same twice: give different ones"
+            )
 
 
 class Stitched(LightningModule):
@@ -105,8 +117,10 @@ class Stitched(LightningModule):
             if isinstance(logger, JsonLines):
                 logger.forget_after(-1)  # of an earlier test into the same folder
         self._judge.to(self.device)
-        # Checks the judge's weights before hours of sampling, not after.
-        self._real = self._summaries()
+        if self.trainer.is_global_zero:
+            # Checks the judge's weights before hours of sampling, not after.
+            self._real = self._summaries()
+        self.trainer.strategy.barrier()  # the other ranks find what the first downloads
         self._features: dict[int, list[Tensor]] = {seed: [] for seed in self.evaluation.seeds}
         self._first: list[Tensor] = []
         self._began, self._drawn = time.monotonic(), 0
@@ -128,15 +142,16 @@ class Stitched(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         e, bundle = self.evaluation, self.bundle
+        gathered = [self._gathered(torch.cat(self._features[seed])) for seed in e.seeds]
+        if not self.trainer.is_global_zero:
+            return
         against, fresh = self._real
         reference, metric = against.summary, self._judge.metric
-        drawn = [self._judge.summary(self._gathered(torch.cat(self._features[s]))) for s in e.seeds]
+        drawn = [self._judge.summary(features) for features in gathered]
         distances = [self._judge.distances(summary, reference) for summary in drawn]
         spreads = {name: _spread([d[name] for d in distances]) for name in distances[0]}
         mean, std = spreads[metric]["mean"], spreads[metric]["std"]
         self.log(metric, mean, rank_zero_only=True)
-        if not self.trainer.is_global_zero:
-            return
         experts = bundle.manifest["experts"]
         process = self.denoiser.process
         visited = e.sampler.calls(process)
@@ -202,15 +217,8 @@ class Stitched(LightningModule):
         other = "train" if data.reference == "validation" else "validation"
         items, fresh = data.split("reference")[0], data.split(other)[0][: self.evaluation.samples]
         self._fresh = len(fresh)
-
-        def summaries() -> tuple[Reference, Any]:
-            reference = self._judge.reference(data.reference, items, self.device)
-            return reference, self._judge.real(fresh, self.device)
-
-        # One rank computes what all need; the others may find it on disk.
-        mine = summaries() if self.trainer.is_global_zero else None
-        self.trainer.strategy.barrier()
-        return mine or summaries()
+        reference = self._judge.reference(data.reference, items, self.device)
+        return reference, self._judge.real(fresh, self.device)
 
 
 def sample_labels(

@@ -14,6 +14,7 @@ from torch import Tensor
 from expertdiff.analysis.gates import gate_figure, gate_record
 from expertdiff.bundle import Bundle
 from expertdiff.describe import describe, differences
+from expertdiff.devices import default_device
 from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.exact import terminal_mismatch
 from expertdiff.experts.gated import GatedExperts
@@ -222,7 +223,7 @@ def how(plan: Plan, groups: list[list[Cell]]) -> list[str]:
         )
     records = [read_json(cell.folder / "done.json") for group in groups for cell in group]
     devices = sorted({record["device"] for record in records})
-    here = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    here = device_name(default_device())
     lines.append(
         f"trained on {', '.join(devices)}; page written on {here}, {platform.machine()}, "
         f"torch {torch.__version__}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expertdiff.data.base import Split
 from expertdiff.data.densities import Density
+from expertdiff.devices import default_device
 from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.exact import ExactDenoiser
 from expertdiff.diffusion.partition import Interval
@@ -49,7 +50,7 @@ class Bench:
     bf16: bool
 
     def __post_init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = default_device()
         self.real = self._points(self.reference)
         self.held_out = self._points("validation").float()
         self._judge = PointCloud()

@@ -12,9 +12,6 @@ from expertdiff.evaluation.features import FeatureExtractor
 ALIKE = 0.6
 """The cosine above which two images count as the same (Zhang et al. 2023, arXiv:2310.05264)."""
 
-PART = 100
-"""Items whose features are computed at a time."""
-
 Scores = dict[str, float]
 
 
@@ -57,11 +54,10 @@ class Cosine(Likeness):
 
     def __init__(self, extractor: FeatureExtractor, device: torch.device) -> None:
         self.extractor, self.device = extractor, device
-        self.feature = f"{extractor.identity}; less the mean of A's and B's samples"
+        self.feature = f"{extractor.embedding_name}; less the mean of A's and B's samples"
 
     def features(self, items: Tensor) -> Tensor:
-        parts = (part.to(self.device) for part in items.split(PART))
-        return torch.cat([self.extractor.embedding(part).cpu() for part in parts])
+        return self.extractor.embedding(self.extractor.features(items, self.device)).cpu()
 
     def pairs(self, a: Tensor, b: Tensor) -> Scores:
         # The root of a product, not a product of roots: of equal rows it is exactly 1.

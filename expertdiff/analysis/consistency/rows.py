@@ -7,12 +7,15 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from expertdiff.analysis.consistency.likeness import PART, Likeness, Scores
+from expertdiff.analysis.consistency.likeness import Likeness, Scores
 from expertdiff.analysis.consistency.pair import Pair
 from expertdiff.data.base import Data
 
 SHUFFLED, HELD_OUT = "B, shuffled", "held-out items"
 """The controls."""
+
+PART = 1000
+"""Training items whose features are held at a time."""
 
 COLUMNS = {"to A": "to_a", "to B": "to_b", "to nearest": "nearest"}
 """Scores in the order in which they are shown, and where they stand in a row."""

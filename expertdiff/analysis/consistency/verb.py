@@ -65,6 +65,11 @@ def consistency(
         raise ValueError(
             f"feature {type(feature).__name__} is one of images, and {a} draws points: leave it out"
         )
+    if feature is not None and feature.own_reference:
+        raise ValueError(
+            f"feature.reference {feature.own_reference} would not be looked at, because samples "
+            "are compared with samples: leave feature.reference out"
+        )
     if data is not None:
         _check_data(data, first)
     # Checks the extractor's weights before hours of sampling, not after.

@@ -8,17 +8,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expertdiff.analysis.intervals.base import (
-    Curve,
-    IntervalMethod,
-    Selection,
-    device,
-    three,
-    trained,
-)
+from expertdiff.analysis.intervals.base import Curve, IntervalMethod, Selection, three, trained
 from expertdiff.analysis.intervals.segments import cheapest
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Data
+from expertdiff.devices import default_device
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import DDIM, SampleNoise
@@ -27,6 +21,9 @@ from expertdiff.seeds import generator
 WEIGHTS = 2**24
 """Attention weights at a time: 64 MiB."""
 
+FEWEST = 4
+"""Points of a curve of three slopes."""
+
 
 class AttentionConcentration(IntervalMethod):
     """Where the concentration of attention, on the way from noise to data, rises, stays and falls.
@@ -34,8 +31,9 @@ class AttentionConcentration(IntervalMethod):
     The standard deviation of the attention weights over the keys, averaged over queries, heads and
     images, along DDIM paths; before layers are averaged, each is divided by what attention to a
     single key would give. The edges are two change points of the average's slope, by least squares:
-    this rule is reconstructed, as the paper reads them by eye. Takes networks whose attention
-    modules have `queries_keys_values`, as ADM's.
+    this rule is reconstructed, as the paper reads them by eye. An average that does not rise, stay
+    and fall is refused. Takes networks whose attention modules have `queries_keys_values`, as
+    ADM's.
 
     Args:
         samples: images that are drawn.
@@ -65,7 +63,13 @@ class AttentionConcentration(IntervalMethod):
         self, k: int, process: NoiseProcess, data: Data, bundle: Bundle | None
     ) -> Selection:
         three(k, self)
-        x, keys, layers = self.curves(trained(bundle, self))
+        bundle, visited = trained(bundle, self), len(DDIM(self.steps).calls(process))
+        if visited < FEWEST:
+            raise ValueError(
+                f"steps {self.steps} visit {visited} t, too few to see a curve rise, stay and "
+                f"fall: give at least {FEWEST}"
+            )
+        x, keys, layers = self.curves(bundle)
         mean = (layers / bound(keys)[:, None]).mean(0)
         partition, cost = change_points(x, mean)
         lines = {"mean of the layers": mean} | dict(zip(names(keys), layers))
@@ -82,14 +86,15 @@ class AttentionConcentration(IntervalMethod):
         Raises:
             ValueError: the network has no attention.
         """
-        denoiser = copy.deepcopy(bundle.denoiser).to(device())  # a copy keeps the hooks
+        device = default_device()
+        denoiser = copy.deepcopy(bundle.denoiser).to(device)  # a copy keeps the hooks
         heard = _listen(denoiser)
         sampler, labels, total = DDIM(self.steps), self._labels(bundle.num_classes), 0.0
         t = sampler.calls(denoiser.process)
         batches = torch.arange(self.samples).split(self.batch_size)
         for index in tqdm(batches, desc=type(self).__name__, disable=None, leave=False):
-            noise = SampleNoise(self.seed, index.tolist(), bundle.shape, device())
-            y = None if labels is None else labels[index].to(device())
+            noise = SampleNoise(self.seed, index.tolist(), bundle.shape, device)
+            y = None if labels is None else labels[index].to(device)
             for state in sampler.trajectory(denoiser, noise, y):
                 if state.k and not heard:
                     raise ValueError(
@@ -162,11 +167,29 @@ def change_points(x: np.ndarray, y: np.ndarray) -> tuple[Partition, float]:
     """The partition at two of the points x [n] between which the slope of y [n] is most nearly one.
 
     Least squares of dy/dx about its mean in each of the three intervals, which is the second
-    number returned.
+    number returned. Each interval holds at least a tenth of the points: shorter ones follow noise.
+
+    Args:
+        x: progress, from data to noise, ascending; n at least 4.
+        y: that rises, stays and falls on the way from noise to data.
 
     Raises:
-        ValueError: fewer than 4 points.
+        ValueError: the mean slopes do not do so.
     """
     slope = np.diff(y) / np.diff(x)
-    ends, cost = cheapest(len(slope), 3, lambda i, j: len(slope[i:j]) * slope[i:j].var())
-    return Partition([0, *x[ends[1:-1]].tolist(), 1]), cost
+
+    def cost(i: int, j: int) -> float:
+        points = j - i + (i == 0)  # the first interval begins before the first point
+        return (j - i) * slope[i:j].var() if 10 * points >= len(x) else np.inf
+
+    ends, least = cheapest(len(slope), 3, cost)
+    partition = Partition([0, *x[ends[1:-1]].tolist(), 1])
+    # The slope on the way from noise to data is that in the progress, with the other sign.
+    falling, flat, rising = (-slope[i:j].mean() for i, j in zip(ends, ends[1:]))
+    if not (rising > 0 > falling and abs(flat) < min(rising, -falling)):
+        raise ValueError(
+            "from noise to data the curve does not rise, stay and fall: its mean slopes in the "
+            f"most likely {partition} are {rising:.3g}, {flat:.3g} and {falling:.3g}; "
+            "take another method, as LogSNR"
+        )
+    return partition, least

@@ -134,8 +134,3 @@ def trained(bundle: Bundle | None, method: IntervalMethod) -> Bundle:
     if bundle is None:
         raise ValueError(f"{type(method).__name__} looks at a trained network: name a bundle")
     return bundle
-
-
-def device() -> torch.device:
-    """Where to compute: the first GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -8,17 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from expertdiff.analysis.intervals.base import (
-    Cells,
-    Curve,
-    IntervalMethod,
-    Selection,
-    device,
-    trained,
-)
+from expertdiff.analysis.intervals.base import Cells, Curve, IntervalMethod, Selection, trained
 from expertdiff.analysis.intervals.segments import middle
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Batch, Data, permutation
+from expertdiff.devices import default_device
 from expertdiff.diffusion.denoiser import Denoiser, NetworkDenoiser
 from expertdiff.diffusion.objective import losses
 from expertdiff.diffusion.process import NoiseProcess
@@ -77,30 +71,31 @@ class GradientSimilarity(IntervalMethod):
     def affinity(self, denoiser: NetworkDenoiser, data: Data, t: Tensor) -> np.ndarray:
         """cos(gradient at t_i, gradient at t_j), [n, n] for t [n]."""
         # A copy, because a bundle's own weights want no gradients.
-        denoiser = copy.deepcopy(denoiser).to(device()).requires_grad_(True)
+        device = default_device()
+        denoiser = copy.deepcopy(denoiser).to(device).requires_grad_(True)
         for parameter in denoiser.parameters():
             parameter.grad = torch.zeros_like(parameter)
         batches = self._batches(data, with_labels=denoiser.network.num_classes is not None)
         size = sum(parameter.numel() for parameter in denoiser.parameters())
-        keep = Sketch(size, self.seed) if size > EXACT else nn.Identity()
-        rows = []
-        for time in tqdm(t, desc=type(self).__name__, disable=None, leave=False):
+        large = size > EXACT
+        keep = Sketch(size, self.seed) if large else nn.Identity()
+        rows = torch.empty(len(t), SKETCH if large else size, device=device)
+        for time, row in zip(tqdm(t, desc=type(self).__name__, disable=None, leave=False), rows):
             denoiser.zero_grad(set_to_none=False)
             for batch, eps in batches:
                 _loss(denoiser, batch, eps, time.to(eps.device).repeat(len(eps))).backward()
             gradient = torch.cat([parameter.grad.flatten() for parameter in denoiser.parameters()])
-            rows.append(F.normalize(keep(gradient), dim=0))
-        rows = torch.stack(rows)
+            row.copy_(F.normalize(keep(gradient), dim=0))
         return (rows @ rows.T).double().cpu().numpy()
 
     def _batches(self, data: Data, with_labels: bool) -> list[tuple[Batch, Tensor]]:
         """The images with their labels (if the network takes any), and their noise."""
         items, labels = data.split("train")
         order = permutation(len(items), self.seed, "gradients")[: self.images]
-        batches = []
+        batches, device = [], default_device()
         for index in torch.from_numpy(order).split(self.batch_size):
-            x0, y = data.scaled(items[index].to(device())), labels[index].to(device())
-            eps = SampleNoise(self.seed, index.tolist(), x0.shape[1:], device())(0)
+            x0, y = data.scaled(items[index].to(device)), labels[index].to(device)
+            eps = SampleNoise(self.seed, index.tolist(), x0.shape[1:], device)(0)
             batches.append((Batch(x0, y if with_labels else None, index), eps))
         return batches
 
@@ -120,7 +115,7 @@ class Sketch:
         draws = generator("cpu", seed, "sketch")
         # The sign is in the sum's index: half of the sums count as negative.
         sums = torch.randint(2 * SKETCH, (size,), generator=draws, dtype=torch.int32)
-        self.sums = sums.to(device())
+        self.sums = sums.to(default_device())
 
     def __call__(self, vector: Tensor) -> Tensor:
         """[65536] of a vector [size]."""

@@ -8,16 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from expertdiff.analysis.intervals.base import (
-    Cells,
-    Curve,
-    IntervalMethod,
-    Selection,
-    device,
-    three,
-)
+from expertdiff.analysis.intervals.base import Cells, Curve, IntervalMethod, Selection, three
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Data
+from expertdiff.devices import default_device
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import NoiseProcess, expand
 from expertdiff.seeds import generator
@@ -181,7 +175,7 @@ def _rows(items: Tensor) -> int:
 
 def _flat(items: Tensor, scaled: Callable[[Tensor], Tensor]) -> Tensor:
     """x0 [B, D] float64, where we compute."""
-    return scaled(items.to(device())).flatten(1).double()
+    return scaled(items.to(default_device())).flatten(1).double()
 
 
 def _range(y: np.ndarray) -> str:

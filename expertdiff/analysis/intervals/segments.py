@@ -17,7 +17,7 @@ def cheapest(n: int, k: int, cost: Cost) -> tuple[list[int], float]:
     Args:
         n: number of points.
         k: number of segments, none of them empty.
-        cost: of a segment; finite.
+        cost: of a segment; infinite where it must not be, which some cut has to avoid.
 
     Returns:
         The k + 1 ends, from 0 to n: segment m holds the points ends[m] to ends[m+1] - 1; and the
