@@ -225,8 +225,13 @@ class Adaptive(Budget):
         """Decides everything again from what was measured; `start` is this study's own.
 
         Raises:
-            ValueError: a decision differs, or the ledger is of another study.
+            ValueError: a decision differs, or the ledger is none, or of another study.
         """
+        if not (isinstance(ledger, list) and ledger and all(map(_is_entry, ledger))):
+            raise ValueError(
+                f"a ledger of {json.dumps(ledger)[:40]} holds no decisions: restore the file as it "
+                "was written"
+            )
         if changed := differences(start, ledger[0]):
             raise ValueError(
                 f"the ledger is of another study ({'; '.join(changed)}): give this one another "
@@ -240,6 +245,10 @@ class Adaptive(Budget):
                     f"the decision after round {len(ours) - 1} does not follow from the ledger "
                     f"({'; '.join(changed)}): restore the file as it was written"
                 )
+
+
+def _is_entry(entry: Any) -> bool:
+    return isinstance(entry, dict) and isinstance(entry.get("inputs", {}), dict)
 
 
 def _falls_of(

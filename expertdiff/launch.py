@@ -25,6 +25,7 @@ from expertdiff.bundle import Bundle
 from expertdiff.data.base import Data
 from expertdiff.describe import build, describe, differences
 from expertdiff.diffusion.partition import Partition
+from expertdiff.evaluation.judge import Judge
 from expertdiff.files import read_json, sha256_of, write_json, write_text
 from expertdiff.loggers import read_metrics
 from expertdiff.report import write_report
@@ -113,7 +114,8 @@ def launch(
         The path of the report.
 
     Raises:
-        ValueError: the folder holds another study, or several seeds are to be trained in one job.
+        ValueError: the folder holds another study, nothing says how the models are to be judged,
+            or several seeds are to be trained in one job.
         SystemExit: a job failed or was interrupted; the code is that of the job.
     """
     arguments = config["model"]["init_args"]
@@ -124,6 +126,11 @@ def launch(
             f"model.seeds {arguments['seeds']} cannot be launched, because a study has one seed: "
             "set seed_everything, or train them with `expertdiff fit`"
         )
+    if study.evaluation is None or study.evaluation.judge is None:
+        raise ValueError(
+            "study.evaluation names no judge: say how the models are to be judged, for example "
+            "with --study.evaluation.judge Pixels"
+        )
     experts = "expert" in arguments
     jobs = []
     if experts:
@@ -133,16 +140,21 @@ def launch(
             jobs.append(_fit_job(study, config, "baseline", study.iterations))
     else:
         jobs.append(_fit_job(study, config, job, study.iterations))
-    _claim(study, config, data, partition, jobs)
-
+    record = _record(study, config, data, partition, jobs)
+    rounds = None
     if experts and isinstance(budget, Adaptive):
-        Rounds(study, config, budget, partition, parallel).train(jobs)
+        rounds = Rounds(study, config, record["settings"], budget, partition, parallel)
+    write_json(study.folder / "study.json", record)  # all has been accepted
+
+    whole = [job for job in jobs if not job.name.startswith("expert-")]
+    parts = [job for job in jobs if job not in whole]
+    if rounds:
+        rounds.train(parts)
+        train(whole, parallel)  # after the rounds, none of which has to wait for it
     else:
         train(jobs, parallel)
 
-    whole = [job for job in jobs if not job.name.startswith("expert-")]
-    trained = {"stitched": [job for job in jobs if job not in whole]}
-    trained |= {job.name: [job] for job in whole}
+    trained = {"stitched": parts} | {job.name: [job] for job in whole}
     tests = []
     for name, sources in trained.items():
         if sources:
@@ -178,19 +190,21 @@ class Rounds:
     Args:
         study: names, folders, total iterations.
         config: the resolved configuration of ``fit``.
+        settings: whatever else makes the study this one, plain data.
         budget: the rule.
         partition: the experts' intervals.
         parallel: jobs at a time.
 
     Raises:
-        ValueError: a learning rate that depends on the length of the training, a study without
-            judge but with check points, or a ledger of another study.
+        ValueError: a learning rate that depends on the length of the training, check points with a
+            judge whose distance may be below 0, or a ledger of another study.
     """
 
     def __init__(
         self,
         study: Study,
         config: dict[str, Any],
+        settings: dict[str, Any],
         budget: Adaptive,
         partition: Partition,
         parallel: int | None,
@@ -203,17 +217,22 @@ class Rounds:
                 "an adaptive budget cannot have a learning rate that ends with the run (T_max 0), "
                 "because its length is not known at the start: choose another lr_scheduler"
             )
+        if budget.check_points and study.evaluation.judge.estimate:
+            raise ValueError(
+                f"check_points {list(budget.check_points)} need a distance that is never below 0, "
+                f"which {study.evaluation.judge.metric} of "
+                f"{type(study.evaluation.judge).__name__} may be: choose another "
+                "study.evaluation.judge, or check_points []"
+            )
         self.path = study.folder / "ledger.json"
-        settings = read_json(study.folder / "study.json")["settings"]
-        del settings["steps"]  # of a baseline too, which may be added later
-        start = budget.start(partition, study.iterations, settings)
+        # Without the steps, which are those of a baseline too that may be added later.
+        lasting = {key: value for key, value in settings.items() if key != "steps"}
+        start = budget.start(partition, study.iterations, lasting)
         self.ledger = read_json(self.path) if self.path.is_file() else [start]
         budget.replay(self.ledger, start)
 
-    def train(self, jobs: list[Job]) -> None:
-        """All rounds, the baseline beside the first; sets the steps of each expert's job."""
-        experts = [job for job in jobs if job.name.startswith("expert-")]
-        others = [job for job in jobs if job not in experts]
+    def train(self, experts: list[Job]) -> None:
+        """All rounds; sets the steps of each expert's job."""
         while True:
             last, now = self.ledger[-1], len(self.ledger)
             for job, steps in zip(experts, last["until"]):
@@ -222,8 +241,7 @@ class Rounds:
                 job.config["trainer"]["val_check_interval"] = steps
                 job.config["study"]["budget"] = last["until"]
             print(f"round {now}: experts to {last['until']} steps")
-            train([*experts, *others], self.parallel)
-            others = []
+            train(experts, self.parallel)
             Bundle.stitch([job.folder for job in experts], self._round(now))
             if last["until"] == last["budgets"]:
                 self._tell(experts)
@@ -307,8 +325,6 @@ def _test_job(study: Study, config: dict[str, Any], name: str, bundle: Bundle) -
     config = copy.deepcopy(config)
     output = study.folder / "tests" / name
     evaluation = config["study"]["evaluation"]
-    if evaluation is None:
-        raise ValueError("the study has no study.evaluation: say how the bundles are to be judged")
     config["model"] = {
         "class_path": "expertdiff.methods.stitched.Stitched",
         "init_args": {"bundle": str(bundle.folder), "evaluation": evaluation, "output": None},
@@ -335,21 +351,23 @@ def _tested(job: Job) -> bool:
         return False
     result, arguments = read_json(path), job.config["model"]["init_args"]
     manifest = Path(arguments["bundle"]) / "manifest.json"
+    judge = build(arguments["evaluation"]["judge"], Judge)
     return (
         result["manifest_sha256"] == sha256_of(manifest)
         and (job.folder / "job.yaml").is_file()
         and yaml.safe_load((job.folder / "job.yaml").read_text())["model"] == job.config["model"]
+        and judge.own_reference in ("", result["reference"])  # the file may be another by now
     )
 
 
-def _claim(
+def _record(
     study: Study,
     config: dict[str, Any],
     data: dict[str, Any],
     partition: Partition,
     jobs: list[Job],
-) -> None:
-    """Writes study.json; refuses a folder of a study with other settings, budgets or data."""
+) -> dict[str, Any]:
+    """The content of study.json; refuses a folder of another study's settings, budgets or data."""
     path = study.folder / "study.json"
     ours = {key: config[key] for key in ("model", "ema", "seed_everything")}
     for key in ("precision", "accumulate_grad_batches", "gradient_clip_val"):
@@ -362,16 +380,19 @@ def _claim(
         theirs = read_json(path)["settings"]
         # A baseline may be added or left out later.
         for steps, others in ((ours["steps"], theirs["steps"]), (theirs["steps"], ours["steps"])):
-            others.setdefault("baseline", steps.get("baseline"))
+            if "baseline" in steps:
+                others.setdefault("baseline", steps["baseline"])
         if changed := differences(ours, theirs):
             raise ValueError(
                 f"{study.folder} holds another study ({'; '.join(changed)}): "
                 "choose another --study.name, or restore the settings"
             )
     intervals = {f"expert-{i}": [e.lo, e.hi] for i, e in enumerate(partition.intervals())}
-    record = {
+    return {
         "name": study.name,
         "settings": ours,
+        "evaluation": config["study"]["evaluation"],
+        "every_n_steps": config["checkpoint"]["every_n_steps"],
         "partition": list(partition.edges),
         "process": config["model"]["init_args"]["process"],
         "data": config["data"],
@@ -385,7 +406,6 @@ def _claim(
             for job in jobs
         },
     }
-    write_json(path, record)
 
 
 def run(jobs: list[Job], parallel: int | None = None) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from expertdiff.budgets import Budget, as_budget
+from expertdiff.budgets import Adaptive, Budget, as_budget
 from expertdiff.diffusion.partition import Partition
 from expertdiff.methods.base import Method
 from expertdiff.methods.mdm import MDM
@@ -39,8 +39,17 @@ class Study:
         return Path(self.root) / self.name
 
     def steps(self, method: Method) -> int:
-        """Optimizer steps of the job that trains `method`."""
+        """Optimizer steps of the job that trains `method`.
+
+        Raises:
+            ValueError: as `budgets`, or an expert whose steps are not known before it is trained.
+        """
         if isinstance(method, MDM):
+            if isinstance(self.budget, Adaptive):
+                raise ValueError(
+                    f"the Adaptive budget of {method.job} is decided in rounds by expertdiff "
+                    "launch: launch the study, or give study.budget in numbers"
+                )
             return self.budgets(method.partition)[method.expert]
         return self.iterations
 

@@ -261,6 +261,17 @@ class TestReplay:
         with pytest.raises(ValueError, match="after round 3 a decision needs losses, not nothing"):
             replayed(self.RULE, ledger)
 
+    @pytest.mark.parametrize("content", [[], {}, None, "text", [None], [[1]]])
+    def test_a_file_that_is_no_ledger(self, content):
+        with pytest.raises(ValueError, match="holds no decisions: restore the file"):
+            replayed(self.RULE, content)
+
+    def test_inputs_that_are_no_names_and_numbers(self, ledger):
+        for inputs in ([1.0], None, "text"):
+            ledger[3]["inputs"] = inputs
+            with pytest.raises(ValueError, match="holds no decisions"):
+                replayed(self.RULE, ledger)
+
     def test_an_entry_too_many(self, ledger):
         with pytest.raises(ValueError, match="nothing is left to decide"):
             replayed(self.RULE, [*ledger, ledger[-1]])

@@ -264,7 +264,7 @@ def test_the_page_is_one_file(fake):
             assert attributes.get(key, "#").startswith(("#", "data:image/png;base64,"))
     style = re.search("<style>(.*?)</style>", (fake / "report.html").read_text(), re.S)[1]
     assert "url(" not in style and "@import" not in style
-    assert [name for name, _ in page.tags].count("svg") == 3  # the chain, mse, vb
+    assert [name for name, _ in page.tags].count("svg") == 4  # the chain, mse, ratio, vb
 
 
 def test_grids_are_shown_at_one_whole_magnification(fake):

@@ -73,7 +73,7 @@ class ExactCheckpoint(Checkpoint):
         self.seconds = state_dict["seconds"]
 
     def elapsed(self) -> float:
-        """Wall-clock seconds of training, over all resumes."""
+        """Wall-clock seconds of training without validation, over all resumes."""
         return self.seconds + (time.monotonic() - self._since if self._since else 0.0)
 
     @contextmanager
@@ -120,11 +120,19 @@ class ExactCheckpoint(Checkpoint):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
+        if trainer.global_step == trainer.max_steps:
+            return  # saved at the end: a run with its last checkpoint has been validated there
         interrupted = self._agreed(trainer)
         if interrupted or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
-        if interrupted and trainer.global_step < trainer.max_steps:
+        if interrupted:
             raise Interrupted(f"stopped at step {trainer.global_step} of {trainer.max_steps}")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds, self._since = self.elapsed(), 0.0
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.monotonic()
 
     def _agreed(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:

@@ -103,8 +103,7 @@ class LossByInterval(Callback):
                     print(f"{name}: {value:.6f}")
             return
         _log(trainer, _by_interval("val", sums))
-        if trainer.training:
-            self._began += time.monotonic() - self._validation_began  # no part of the speed
+        self._began += time.monotonic() - self._validation_began  # no part of the speed
 
 
 def _by_interval(stage: str, sums: list[list[float]]) -> dict[str, float]:

@@ -68,11 +68,6 @@ class Stitched(LightningModule):
 
     def __init__(self, bundle: Path, evaluation: Evaluation, output: Path | None = None) -> None:
         super().__init__()
-        for name in ("samples", "batch_size"):
-            if getattr(evaluation, name) < 1:
-                raise ValueError(
-                    f"{name} {getattr(evaluation, name)} draws nothing: give 1 or more"
-                )
         self.bundle = Bundle.load(bundle)
         self.kind = kind(self.bundle.shape)
         if evaluation.sampler.clip and isinstance(self.kind, PointKind):

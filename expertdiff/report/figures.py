@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from numpy.lib.stride_tricks import sliding_window_view
 
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import DiscreteVP, NoiseProcess
@@ -165,10 +166,14 @@ def loss_figure(study: Study, loss: str, label: str) -> Figure | None:
     return figure
 
 
-def _loss_panel(axes: Axes, panel: dict[str, tuple[list[int], list[float]]]) -> None:
+def _axes(axes: Axes) -> None:
     axes.set(xscale="log", yscale="log")
     axes.spines["right"].set_visible(False)
     axes.grid(color=INK, alpha=0.12, lw=0.6)
+
+
+def _loss_panel(axes: Axes, panel: dict[str, tuple[list[int], list[float]]]) -> None:
+    _axes(axes)
     last = {}
     for name, (steps, values) in panel.items():
         if not steps:
@@ -181,6 +186,42 @@ def _loss_panel(axes: Axes, panel: dict[str, tuple[list[int], list[float]]]) -> 
         ratio = [value for name, value in last.items() if name != BASELINE][0] / last[BASELINE]
         axes.text(0.98, 0.93, f"expert / baseline,\nlast values: {ratio:.3f}",
                   transform=axes.transAxes, ha="right", va="top")  # fmt: skip
+
+
+def ratio_figure(study: Study) -> Figure | None:
+    """Validation mse of each expert over the baseline's after as many of its own steps.
+
+    Lines are means of five neighbouring points, bands their smallest and largest. ``None`` where no
+    expert was validated at a step of the baseline's.
+    """
+    ratios = [_ratio(study, i) for i in range(len(study.partition))]
+    if not any(map(len, ratios)):
+        return None
+    with style():
+        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        axes = figure.subplots()
+        _axes(axes)
+        axes.axhline(1, color=BASELINE_COLOUR, lw=1)
+        for i, (ratio, colour) in enumerate(zip(ratios, interval_colours(len(ratios)))):
+            if len(ratio):
+                near = sliding_window_view(ratio, min(5, len(ratio)), axis=0)
+                steps, values = np.median(near[:, 0], axis=1), near[:, 1]
+                label = f"expert {i}: {study.partition.interval(i)}"
+                axes.plot(steps, values.mean(1), ".-", color=colour, label=label)
+                axes.fill_between(
+                    steps, values.min(1), values.max(1), color=colour, alpha=0.25, lw=0
+                )
+        axes.set(xlabel="steps of the expert, and of the baseline", ylabel="mse: expert / baseline")
+        _few_ticks(axes)
+        figure.legend(loc="outside upper left", ncols=4)
+    return figure
+
+
+def _ratio(study: Study, i: int) -> np.ndarray:
+    """Steps and expert / baseline [P, 2] of interval i."""
+    pair = [study.jobs.get(name) for name in (f"expert-{i}", BASELINE)]
+    ours, theirs = (dict(zip(*job.curve(f"val/mse/{i}"))) if job else {} for job in pair)
+    return np.array([(step, ours[step] / theirs[step]) for step in ours if step in theirs])
 
 
 def _few_ticks(axes: Axes) -> None:

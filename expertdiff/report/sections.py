@@ -12,6 +12,7 @@ from expertdiff.report.figures import (
     EXPERT_COLOUR,
     chain_figure,
     loss_figure,
+    ratio_figure,
     svg,
 )
 from expertdiff.report.markup import Markup, joined, picture, section, table, tag
@@ -133,14 +134,15 @@ def costs(study: Study) -> Markup:
         note="NTC = 100 sum(I_e)/I_base and NWCT = 100 max(I_e)/I_base with the iterations I_e of "
         f"each job and I_base = {study.facts['iterations']:,}: total and wall-clock training cost "
         "in per cent of the baseline's budget, one device an expert and an iteration equally dear "
-        "everywhere (MDM). The last two columns are measured; in brackets, per cent of the "
-        "baseline's.",
+        "everywhere (MDM). The last two columns are measured, without validation; in brackets, per "
+        "cent of the baseline's.",
     )
 
 
 def losses(study: Study) -> Markup:
     figures = {
         "squared error": loss_figure(study, "mse", "validation mse"),
+        "squared error of expert over baseline": ratio_figure(study),
         "variational bound of the learned variance": loss_figure(
             study, "vb", "validation vb (bits)"
         ),
@@ -158,8 +160,9 @@ def losses(study: Study) -> Markup:
         note="Of the averaged weights, on the same images, t and noise for baseline and expert, so "
         "that the two curves of a panel may be compared. Losses of different intervals may not: "
         "how hard the target is to predict changes along the chain, whatever the network. A step "
-        "of the baseline trains the whole chain, a step of an expert its own interval. Both axes "
-        "are logarithmic.",
+        "of the baseline trains the whole chain, a step of an expert its own interval. Below 1 the "
+        "expert is better after as many steps; lines are means of five neighbouring points, bands "
+        "their range. All axes are logarithmic.",
     )
 
 

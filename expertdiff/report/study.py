@@ -47,7 +47,7 @@ class Job:
         return (self.done or {}).get("devices", 1)
 
     def seconds(self, step: int) -> float | None:
-        """Wall-clock seconds of training up to `step`; ``None`` where none were logged."""
+        """Wall-clock seconds of training (not validation) to `step`; ``None`` if none is logged."""
         if self.done and step >= self.done["step"]:
             return self.done["seconds"]
         return max(

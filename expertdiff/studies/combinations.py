@@ -16,11 +16,9 @@ def combinations(study: Path, samples: int | None = None, seeds: list[int] | Non
         seeds: of sampling, as ``[0,1,2]``; all models are drawn with the same.
     """
     trained = Trained.open(study, samples, seeds)
-    jobs = trained.study.experts
-    baseline, experts = (
-        trained.folder / trained.baseline.name,
-        [trained.folder / j.name for j in jobs],
-    )
+    jobs = trained.experts
+    baseline = trained.folder / trained.baseline.name
+    experts = [trained.folder / job.name for job in jobs]
     mixes = {"baseline": [baseline] * len(jobs), "all experts": experts}
     for i, job in enumerate(jobs):
         mixes[f"only expert {i} {job.interval}"] = [
@@ -31,7 +29,7 @@ def combinations(study: Path, samples: int | None = None, seeds: list[int] | Non
             baseline if e == i else path for e, path in enumerate(experts)
         ]
     scores = trained.mixer().score(mixes)
-    rows = [{"model": name} | told(scores[name]) for name in mixes]
+    rows = [{"model": name} | told(trained.judged(scores[name])) for name in mixes]
     metric = list(rows[0])[1]
     for row in rows:
         row["against baseline"] = f"{100 * (row[metric] / rows[0][metric] - 1):+.1f} %"

@@ -1,6 +1,8 @@
 """What training has cost, and when it had paid: studies side by side (MDM, tables 2 and 3)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,11 @@ from expertdiff.analysis.cost import (
     Point,
     Rule,
     account,
-    ntc,
-    nwct,
+    costs,
 )
 from expertdiff.files import replacing
 from expertdiff.look import style
+from expertdiff.report.study import BASELINE
 from expertdiff.studies.trained import Trained, print_rows, told, write_rows
 
 
@@ -48,15 +50,16 @@ def compare(
     """
     first = Trained.open(studies[0], samples, seeds)
     others = [Trained.open(folder).judged_as(first) for folder in studies[1:]]
-    curves = [baseline_curve(first)]
-    for trained in (first, *others):
+    names = names_of(studies)
+    curves = [baseline_curve(first, names[0])]
+    for trained, name in zip((first, *others), names):
         if trained.study.experts:
-            curves.append(experts_curve(trained))
-        if trained is not first and "baseline" in trained.study.jobs:
-            curves.append(baseline_curve(trained))
+            curves.append(experts_curve(trained, name))
+        # A study with neither is told that it has no baseline.
+        if trained is not first and (BASELINE in trained.study.jobs or not trained.study.experts):
+            curves.append(baseline_curve(trained, name))
     reference = curves[0].history
-    base = sum(reference.spent(measure)[-1])
-    rows = [row for curve in curves for row in curve.rows(measure, base)]
+    rows = [row for curve in curves for row in curve.rows(reference, measure)]
     accounts = {c.name: account(reference, c.history, rule, measure) for c in curves}
     milestones = [row for name, a in accounts.items() for row in milestone_rows(name, a)]
     folder = Path(output or first.folder / "compare")
@@ -68,6 +71,12 @@ def compare(
     print_rows(rows, ["model", "NTC", "NWCT", metric, f"{metric} std"])
     print()
     print_rows(milestones, list(milestones[0]))
+    stds = [a.seed_std for a in accounts.values() if a.seed_std is not None]
+    if stds:
+        print(
+            f"between sampling seeds {metric} has a standard deviation of up to {max(stds):.3g}; "
+            f"converged means changes below {rule.change:g}"
+        )
     print(f"tables: {folder / 'table.csv'}, milestones.csv\nfigure: {folder / 'figure.png'}")
 
 
@@ -87,28 +96,41 @@ class Curve:
     history: History
     columns: list[dict[str, Any]]
 
-    def rows(self, measure: Measure, base: float) -> list[dict[str, Any]]:
-        """A row a point; `base` is the cost that counts as 100 %."""
+    def rows(self, reference: History, measure: Measure) -> list[dict[str, Any]]:
+        """A row a point; the end of `reference` costs 100 %."""
+        spent = costs(self.history, reference, measure).tolist()
         return [
-            {"model": self.name, "iterations": sum(point.iterations)}
-            | {"NTC": ntc(spent, base), "NWCT": nwct(spent, base)}
+            {"model": self.name, "iterations": sum(point.iterations), "NTC": ntc, "NWCT": nwct}
             | columns
-            for point, spent, columns in zip(
-                self.history.points, self.history.spent(measure), self.columns
-            )
+            for point, (ntc, nwct), columns in zip(self.history.points, spent, self.columns)
         ]
 
 
-def baseline_curve(trained: Trained) -> Curve:
+def names_of(folders: Sequence[Path]) -> list[str]:
+    """The shortest ends of paths that tell them apart.
+
+    Raises:
+        ValueError: a folder is named twice.
+    """
+    parts = [Path(folder).resolve().parts for folder in folders]
+    if len(set(parts)) < len(parts):
+        raise ValueError(
+            f"the studies {', '.join(map(str, folders))} are not all different: name each once"
+        )
+    n = next(n for n in count(1) if len({part[-n:] for part in parts}) == len(parts))
+    return [str(Path(*part[-n:])) for part in parts]
+
+
+def baseline_curve(trained: Trained, name: str) -> Curve:
     """The study's baseline at each of its checkpoints."""
     job, n = trained.baseline, len(trained.study.partition)
     kept = trained.kept(job)
     mixes = {step: [path] * n for step, path in kept.items()}
     spent = {step: {job.name: step} for step in kept}
-    return _curve(trained, f"{trained.folder.name} baseline", mixes, spent)
+    return _curve(trained, f"{name} baseline", mixes, spent)
 
 
-def experts_curve(trained: Trained) -> Curve:
+def experts_curve(trained: Trained, name: str) -> Curve:
     """The study's experts when each has trained for so many iterations, or to its end."""
     jobs = trained.study.experts
     kept = [trained.kept(job) for job in jobs]
@@ -119,14 +141,15 @@ def experts_curve(trained: Trained) -> Curve:
         if None not in at:
             mixes[step] = [steps[s] for steps, s in zip(kept, at)]
             spent[step] = {job.name: s for job, s in zip(jobs, at)}
-    return _curve(trained, f"{trained.folder.name} experts", mixes, spent)
+    return _curve(trained, f"{name} experts", mixes, spent)
 
 
 def _curve(
     trained: Trained, name: str, mixes: dict[int, list[Path]], spent: dict[int, dict[str, int]]
 ) -> Curve:
     mixer = trained.mixer()
-    scores = [mixer.score({"": mix})[""] for mix in mixes.values()]  # each is kept when it is done
+    # Each is kept when it is done.
+    scores = [trained.judged(mixer.score({"": mix})[""]) for mix in mixes.values()]
     metric, jobs = next(iter(scores[0])), trained.study.jobs
     points = []
     for steps, score in zip(spent.values(), scores):
@@ -151,10 +174,14 @@ def milestone_rows(name: str, found: Account) -> list[dict[str, Any]]:
 
 
 def _told(estimate: Estimate) -> str | None:
-    if estimate.value is None:
+    if estimate.value is None and not estimate.found:
         return None
-    spread = f" ({estimate.low:.3g} to {estimate.high:.3g})" if estimate.low is not None else ""
-    return f"{estimate.value:.3g}{spread}"
+    text = "-" if estimate.value is None else f"{estimate.value:.3g}"
+    if estimate.low is not None:
+        text += f" ({estimate.low:.3g} to {estimate.high:.3g})"
+    if estimate.found is not None and estimate.found < 1:
+        text += f", found in {100 * estimate.found:.3g} %"
+    return text
 
 
 def compare_figure(curves: list[Curve], rows: list[dict[str, Any]]) -> Figure:

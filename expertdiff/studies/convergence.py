@@ -29,7 +29,7 @@ def convergence(
         rule: when a curve counts as converged, in units of the metric.
     """
     trained = Trained.open(study, samples, seeds)
-    mixer, experts = trained.mixer(), trained.study.experts
+    mixer, experts = trained.mixer(), trained.experts
     finished = [trained.folder / expert.name for expert in experts]
     rows, curves = [], []
     for i, expert in enumerate(experts):
@@ -38,13 +38,14 @@ def convergence(
             str(step): [*finished[:i], path, *finished[i + 1 :]] for step, path in kept.items()
         }
         scores = mixer.score(mixes)  # one expert at a time: what is done stays done
-        columns = [told(scores[str(step)]) for step in kept]
+        columns = [told(trained.judged(scores[str(step)])) for step in kept]
         metric = next(iter(columns[0]))
         values = [row[metric] for row in columns]
-        milestones = {converged(values, rule): "converged", best(values): "best"}
+        milestones = {"converged": converged(values, rule), "best": best(values)}
         for n, (step, row) in enumerate(zip(kept, columns)):
             lead = {"expert": i, "interval": str(expert.interval), "step": step}
-            rows.append(lead | row | {"milestone": milestones.get(n)})
+            here = ", ".join(name for name, point in milestones.items() if point == n)
+            rows.append(lead | row | {"milestone": here or None})
         curves.append((list(kept), values, [row[f"{metric} std"] for row in columns]))
     folder = trained.folder / "convergence"
     write_rows(rows, folder / "table.csv")

@@ -3,16 +3,16 @@
 import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
-
-import yaml
 
 from expertdiff import checkpoints
 from expertdiff.analysis.mixes import Mixer, Scores
 from expertdiff.data.base import Data
 from expertdiff.describe import build
+from expertdiff.devices import default_device
 from expertdiff.diffusion.samplers import Sampler
 from expertdiff.evaluation.judge import Judge
 from expertdiff.files import replacing
@@ -45,26 +45,26 @@ class Trained:
         """What was launched in `folder`; samples and seeds by default as it was launched.
 
         Raises:
-            ValueError: no study, or a job of it was never started, or it has no judge.
+            ValueError: no study, one of an older version, or a job that is not trained.
         """
         folder = Path(folder)
         study = read_study(folder)
         for name in study.jobs:
             if not (folder / name / "done.json").is_file():
                 raise ValueError(f"{folder / name} is not trained: run expertdiff launch first")
-        file = folder / next(iter(study.jobs)) / "job.yaml"
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if (block := config["study"]["evaluation"]) is None:
-            raise ValueError(f"{file} has no study.evaluation: say how models are to be judged")
+        if (block := study.facts.get("evaluation")) is None:
+            raise ValueError(
+                f"{folder / 'study.json'} does not say how models are judged: launch it again"
+            )
         evaluation = Evaluation(
             build(block["sampler"], Sampler),
-            block["judge"] and build(block["judge"], Judge),
+            build(block["judge"], Judge),
             block["samples"] if samples is None else samples,
             tuple(block["seeds"] if seeds is None else seeds),
             block["batch_size"],
         )
-        data = build(config["data"], Data)
-        return cls(folder, study, evaluation, data, str(config["trainer"]["precision"]))
+        data = build(study.facts["data"], Data)
+        return cls(folder, study, evaluation, data, str(study.facts["settings"]["precision"]))
 
     def judged_as(self, other: "Trained") -> "Trained":
         """The same models judged as those of `other`.
@@ -95,20 +95,57 @@ class Trained:
             raise ValueError(f"{self.folder} has no baseline to compare with: launch it with one")
         return self.study.jobs[BASELINE]
 
+    @property
+    def experts(self) -> list[Job]:
+        """The jobs of the intervals, cleanest first.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.study.experts:
+            raise ValueError(f"{self.folder} has no experts: name a study that trained some")
+        return self.study.experts
+
     def kept(self, job: Job) -> dict[int, Path]:
-        """The checkpoints of a job by their step, in order.
+        """The checkpoints of a job by their step, in order: at equal distances, and the last.
+
+        Those of an interruption or of a round's end would make neighbours on a curve closer.
 
         Raises:
             ValueError: fewer than two were kept.
         """
         paths = (self.folder / job.name / "checkpoints").glob("step-*.ckpt")
         steps = {checkpoints.step_of(path): path for path in paths}
-        if len(steps) < 2:
+        every, last = self.study.facts["every_n_steps"], max(steps, default=0)
+        kept = {step: steps[step] for step in sorted(steps) if step % every == 0 or step == last}
+        if len(kept) < 2:
             raise ValueError(
-                f"{self.folder / job.name} kept {len(steps)} checkpoints, which is no curve: "
-                "train it with --checkpoint.keep null"
+                f"{self.folder / job.name} kept {len(kept)} checkpoints {every} steps apart, which "
+                "is no curve: train it with --checkpoint.keep null, and a --checkpoint.every_n_"
+                "steps below its length"
             )
-        return dict(sorted(steps.items()))
+        return kept
+
+    def judged(self, scores: Scores) -> Scores:
+        """Scores whose headline is the lower the better.
+
+        Of an estimate, that is how far it is from the one of real data; it is put in front.
+        """
+        if not self.evaluation.judge.estimate:
+            return scores
+        metric = self.evaluation.judge.metric
+        nearness = [abs(value - self._floor) for value in scores[metric]]
+        return {f"|{metric} - real data's|": nearness} | scores
+
+    @cached_property
+    def _floor(self) -> float:
+        """The headline of as many real items of the other split as samples are drawn."""
+        data, device = self.data, default_device()
+        judge = self.evaluation.judge.to(device)
+        other = "train" if data.reference == "validation" else "validation"
+        reference = judge.reference(data.reference, data.split("reference")[0], device)
+        fresh = judge.real(data.split(other)[0][: self.evaluation.samples], device)
+        return judge.distances(fresh, reference.summary)[judge.metric]
 
 
 def told(scores: Scores) -> dict[str, Any]:
