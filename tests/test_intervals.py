@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from torch import nn
 
 from expertdiff import config_verbs
@@ -47,7 +48,6 @@ from expertdiff.networks.mlp import MLPDenoiser
 from expertdiff.networks.network import Network
 from expertdiff.networks.unet import ADMUNet, AttentionBlock
 from expertdiff.seeds import generator
-from expertdiff.study import Study
 
 COSINE, SHORT = DiscreteVP(CosineBetas()), DiscreteVP(LinearBetas(), T=100)
 
@@ -704,6 +704,6 @@ def test_too_few_steps_for_one_choice_are_refused_before_any_is_trained(tmp_path
     monkeypatch.setattr(config_verbs, "launch_config", lambda *_: pytest.fail("launched"))
     edges = {UniformLength(): [0, 0.5, 1], LogSNR(): [0, 0.01, 1]}
     found = [Selection(method, Partition(cut)) for method, cut in edges.items()]
-    cli, ours = SimpleNamespace(study=Study()), SimpleNamespace(train=20, config=[])
+    ours = SimpleNamespace(train=20, config=TINY[1::2])
     with pytest.raises(ValueError, match=r"study.iterations = 20 .* leaves \[0, 20\] steps"):
-        config_verbs.compare_choices(found, cli, [], ours, tmp_path)
+        config_verbs.compare_choices(found, [], ours, tmp_path)
