@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -27,6 +28,9 @@ from expertdiff.methods.stitched import Evaluation, sample_labels
 Mix = Sequence[Path]
 """Who serves each interval, cleanest first: a run's folder, a checkpoint or a bundle's file."""
 
+LOW = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""What autocast computes in; nothing else is cast."""
+
 Scores = dict[str, list[float]]
 """Values of each distance, one a sampling seed; the headline first."""
 
@@ -44,7 +48,7 @@ class Mixer:
         evaluation: how samples are drawn and judged.
         data: whose reference items they are compared with.
         scores: the file that keeps the scores.
-        precision: of the networks, ``32-true`` or ``bf16-mixed``.
+        precision: of the networks, as the trainer names it.
 
     Raises:
         ValueError: an evaluation without a judge.
@@ -75,7 +79,9 @@ class Mixer:
         kept = read_json(self.scores) if self.scores.is_file() else {}
         new = {key: mixes[name] for name, key in keys.items() if key not in kept}
         if new:
-            kept |= self._measured(new)
+            found = self._measured(new)
+            # Read again: another verb may have measured meanwhile.
+            kept = (read_json(self.scores) if self.scores.is_file() else {}) | kept | found
             write_json(self.scores, kept)
         return {name: kept[key] for name, key in keys.items()}
 
@@ -96,8 +102,9 @@ class Mixer:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def _expert(self, path: Path) -> Expert:
+        """What it is; its weights are read when they are needed, as there may be hundreds."""
         if path not in self._experts:
-            self._experts[path] = Expert.read(path)
+            self._experts[path] = replace(Expert.read(path), weights={})
         return self._experts[path]
 
     @cached_property
@@ -136,7 +143,7 @@ class Mixer:
 
     def _denoisers(self, mixes: dict[str, Mix]) -> dict[Path, Denoiser]:
         paths = dict.fromkeys(path for mix in mixes.values() for path in mix)
-        return {path: self._expert(path).denoiser().to(self.device) for path in paths}
+        return {path: Expert.read(path).denoiser().to(self.device) for path in paths}
 
 
 class Walk:
@@ -187,9 +194,8 @@ class Walk:
         mixer = self.mixer
         sampler, process = mixer.evaluation.sampler, denoiser.process
         owners = mixer.partition.index(process.progress(process.visited(sampler.steps))).tolist()
-        with torch.autocast(
-            mixer.device.type, torch.bfloat16, enabled=mixer.precision == "bf16-mixed"
-        ):
+        low = LOW.get(mixer.precision)
+        with torch.autocast(mixer.device.type, low, enabled=low is not None):
             for state in sampler.trajectory(denoiser, self.noise, self.labels, start):
                 if state.k == len(owners) or owners[state.k] < level:
                     break
