@@ -46,7 +46,7 @@ def table(
 
     Args:
         name: which table.
-        preset: ``paper``, ``fixed``, ``levers``, or the path of an own YAML file like these.
+        preset: ``paper``, ``fixed``, ``circle``, ``levers``, or the path of a YAML file like these.
         sets: as ``[dino,moons]``; by default those of the preset, as for what follows.
         models: as ``[baseline,dual]``.
         schedules: as ``[linear]``.
