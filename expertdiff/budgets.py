@@ -46,7 +46,7 @@ class Proportional(Budget):
         budgets = [hi - lo for lo, hi in zip(ends, ends[1:])]
         if min(budgets) < 1:
             raise ValueError(
-                f"study.iterations = {iterations} in proportion to {partition} leaves "
+                f"{iterations} study.iterations in proportion to {partition} leave "
                 f"{budgets} steps: give more, or a study.budget"
             )
         return budgets
@@ -71,7 +71,7 @@ class Explicit(Budget):
         if min(self.steps) < 1 or sum(self.steps) > iterations:
             raise ValueError(
                 f"study.budget {self.steps} must be positive and sum to at most "
-                f"study.iterations = {iterations}, the baseline's total"
+                f"{iterations}, what study.iterations leaves to the experts"
             )
         return list(self.steps)
 
@@ -131,7 +131,7 @@ class Adaptive(Budget):
         budgets = Proportional().allot(partition, iterations)
         if min(budgets) < self.rounds:
             raise ValueError(
-                f"study.iterations = {iterations} in proportion to {partition} leaves {budgets} "
+                f"{iterations} study.iterations in proportion to {partition} leave {budgets} "
                 f"steps, too few for {self.rounds} rounds: give more, or fewer rounds"
             )
         return budgets

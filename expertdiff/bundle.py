@@ -228,16 +228,10 @@ def _denoiser(identity: dict[str, Any], weights: dict[str, Tensor], path: Path) 
 
 def _network(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Network:
     network = build(description, Network)
-    expected = network.state_dict()
-    for key in sorted(expected.keys() ^ weights.keys()):
-        raise ValueError(f"{path} does not fit its network: {key} is only in one of them")
-    for key, value in expected.items():
-        if weights[key].shape != value.shape:
-            raise ValueError(
-                f"{path} does not fit its network: {key} is {tuple(weights[key].shape)} "
-                f"instead of {tuple(value.shape)}"
-            )
-    network.load_state_dict(weights)
+    try:
+        network.load(weights)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit its network: {error}") from error
     return network
 
 

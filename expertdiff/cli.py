@@ -14,7 +14,7 @@ from expertdiff.callbacks.checkpoint import Interrupted
 from expertdiff.config_verbs import intervals, launch_study
 from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.expert_cli import ExpertCLI, Parser
-from expertdiff.launch import INTERRUPTED
+from expertdiff.jobs import INTERRUPTED
 from expertdiff.measure import measure
 from expertdiff.studies.combinations import combinations
 from expertdiff.studies.compare import compare

@@ -8,6 +8,7 @@ from expertdiff.budgets import Adaptive, Budget, as_budget
 from expertdiff.diffusion.partition import Partition
 from expertdiff.methods.base import Method
 from expertdiff.methods.mdm import MDM
+from expertdiff.methods.single import Shared
 from expertdiff.methods.stitched import Evaluation
 
 
@@ -21,6 +22,8 @@ class Study:
         iterations: optimizer steps of the baseline, and of all experts together.
         budget: steps of each expert, cleanest first, or a rule for them, as `Adaptive`; by default
             in proportion to its interval.
+        shared: of these iterations, how many a single network trains on the whole chain before the
+            experts, which then start from its averaged weights.
         baseline: whether `launch` also trains a single network.
         evaluation: how `launch` judges the stitched experts and the baseline.
     """
@@ -30,6 +33,7 @@ class Study:
     iterations: int = 10_000
     # Budget first: of a union, the parser tells the first one's errors.
     budget: Budget | Sequence[int] | None = None
+    shared: int = 0
     baseline: bool = True
     evaluation: Evaluation | None = None
 
@@ -51,7 +55,21 @@ class Study:
                     "launch: launch the study, or give study.budget in numbers"
                 )
             return self.budgets(method.partition)[method.expert]
-        return self.iterations
+        return self.shared if isinstance(method, Shared) else self.iterations
+
+    @property
+    def apart(self) -> int:
+        """Optimizer steps of all experts together, after those that they share.
+
+        Raises:
+            ValueError: nothing is left.
+        """
+        if not 0 <= self.shared < self.iterations:
+            raise ValueError(
+                f"study.shared {self.shared} must be in [0, {self.iterations}), because it is a "
+                "part of study.iterations"
+            )
+        return self.iterations - self.shared
 
     def budgets(self, partition: Partition) -> list[int]:
         """Optimizer steps of each expert; of an adaptive budget, before anything was trained.
@@ -59,4 +77,4 @@ class Study:
         Raises:
             ValueError: the budget does not fit the partition or the total.
         """
-        return as_budget(self.budget).allot(partition, self.iterations)
+        return as_budget(self.budget).allot(partition, self.apart)

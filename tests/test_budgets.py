@@ -68,16 +68,16 @@ class TestFixed:
         assert Proportional().allot(PAPER, 500_000) == [50_000, 350_000, 100_000]
 
     def test_too_few_iterations(self):
-        with pytest.raises(ValueError, match=r"leaves \[0, 3, 1\] steps"):
+        with pytest.raises(ValueError, match=r"leave \[0, 3, 1\]"):
             Proportional().allot(PAPER, 4)
-        with pytest.raises(ValueError, match=r"leaves \[5, 35, 10\] steps, too few for 10 rounds"):
+        with pytest.raises(ValueError, match=r"leave \[5, 35, 10\] steps, too few for 10 rounds"):
             Adaptive().allot(PAPER, 50)
 
     @pytest.mark.parametrize(
         "steps, why",
         [
             ([8, 8], "names 2 experts"),
-            ([8, 8, 8], "at most study.iterations = 16"),
+            ([8, 8, 8], "at most 16, what study.iterations leaves"),
             ([0, 8, 8], "must be positive"),
             ([], "names 0 experts"),
         ],

@@ -140,7 +140,7 @@ class TestFaults:
 
     def test_too_few_iterations(self, capsys, tmp_path):
         options = (f"--study.root={tmp_path}", "--study.iterations=4")
-        assert "leaves [0, 3, 1] steps" in refused(capsys, "fit", *TINY, *options)
+        assert "leave [0, 3, 1] " in refused(capsys, "fit", *TINY, *options)
 
     def test_coarse_precision(self, capsys, tmp_path):
         options = (f"--study.root={tmp_path}", "--trainer.precision=bf16-true")
@@ -313,7 +313,9 @@ LAYERS = [
     {"methods"},
     {"analysis"},
     {"callbacks", "study", "report"},
-    {"launch", "verbs", "measure", "studies"},
+    {"jobs", "verbs", "measure", "studies"},
+    {"rounds"},
+    {"launch"},
     {"tables", "expert_cli"},
     {"config_verbs"},
     {"cli"},

@@ -10,6 +10,7 @@ from expertdiff.analysis.cost import (
     account,
     best,
     converged,
+    costs,
     equivalent,
     ntc,
     nwct,
@@ -146,6 +147,14 @@ class TestCosts:
             assert found.model["best"].nwct.value == 100
             steps = account(base, History(points, devices), RULE, "iterations")
             assert steps.model["best"].ntc.value == 100
+
+    def test_what_experts_share_is_spent_once_and_before_them(self):
+        base = history([1.0], [100])
+        points = [Point([10, 30], [1.0], [5.0, 15.0])]
+        ours = History(points, shared={"iterations": 20, "seconds": 7.0})
+        assert costs(ours, base, "iterations").tolist() == [[60, 50]]
+        base = History([Point([100], [1.0], [50.0])])
+        assert costs(ours, base, "seconds").tolist() == [[54, 44]]
 
     def test_nothing_found_is_none(self):
         found = account(history([3, 2], [1, 2]), history([4, 3], [1, 2]), RULE, "iterations")

@@ -76,6 +76,18 @@ def test_cifar10_reads_the_binary_version(cifar):
         assert np.array_equal(data.split("reference")[1], labels[5])
 
 
+def test_smaller_images_are_means_of_boxes(cifar):
+    folder, _, images = cifar
+    data = CIFAR10(folder, download=False, image_size=8)
+    boxes = images[:5].reshape(20, 3, 8, 4, 8, 4).mean((3, 5))
+    assert data.shape == (3, 8, 8)
+    np.testing.assert_allclose(data.split("train")[0], boxes, atol=0.5)
+    with pytest.raises(
+        ValueError, match="image_size 5 does not divide 32: choose from .1, 2, 4, 8"
+    ):
+        CIFAR10(folder, image_size=5)
+
+
 def test_cifar10_names_the_file_at_fault(cifar):
     folder, _, _ = cifar
     file = folder / "data_batch_3.bin"

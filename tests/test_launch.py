@@ -14,16 +14,16 @@ from conftest import TINY
 from PIL import Image
 
 from expertdiff import checkpoints
-from expertdiff.bundle import Bundle
+from expertdiff.bundle import Bundle, Expert
 from expertdiff.cli import main
 from expertdiff.diffusion.partition import Partition
 from expertdiff.evaluation.features import Pixels
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
 from expertdiff.evaluation.images import load_npz
-from expertdiff.launch import Job, run
+from expertdiff.jobs import Job, run
 from expertdiff.loggers import read_metrics
 from expertdiff.report.study import read_study
-from expertdiff.report.verdict import missing
+from expertdiff.report.verdict import cost, missing, verdict
 from expertdiff.study import Study
 
 
@@ -135,6 +135,35 @@ def test_one_failure_leaves_the_others(tmp_path, capfd):
     assert not (tmp_path / "tiny" / "bundles").exists()
 
 
+def test_experts_start_from_what_they_share(tmp_path):
+    options = [f"--study.root={tmp_path}", "--study.shared=6", "--study.budget=[1,8,1]"]
+    assert main(["launch", *TINY, *options]) == 0
+    folder = tmp_path / "tiny"
+    first = Expert.read(folder / "shared")
+    assert first.step == 6
+    bundle = Bundle.load(folder / "bundles" / "stitched")
+    for entry in bundle.manifest["experts"]:
+        assert entry["identity"]["init_from"] == first.sha256
+    # One small step away from those weights, not from its own first ones.
+    ours, theirs = Expert.read(folder / "expert-0").weights, first.weights
+    far = Expert.read(folder / "baseline").weights
+    for key, weight in theirs.items():
+        assert (ours[key] - weight).abs().max() < 2e-3
+    assert any((far[key] - weight).abs().max() > 2e-2 for key, weight in theirs.items())
+    study = read_study(folder)
+    assert missing(study) == []
+    spent = cost(study, study.results["stitched"])
+    assert (spent.total, spent.longest, spent.ntc, spent.nwct) == (16, 14, 100, 87.5)
+    assert "at equal total iterations" in verdict(study)
+
+
+def test_weights_of_another_network_are_no_start(study, tmp_path, capsys):
+    options = [f"--study.root={tmp_path}", f"--model.init_from={study / 'baseline'}"]
+    code = main(["fit", *TINY, *options, "--model.network.model_channels=64"])
+    error = capsys.readouterr().err
+    assert code == 2 and "cannot start from" in error and "instead of" in error
+
+
 def test_an_interrupted_launch_goes_on(tmp_path):
     options = [f"--study.root={tmp_path}", "--study.iterations=4000", "--study.baseline=false"]
     command = [sys.executable, "-m", "expertdiff", "launch", *TINY, *options, "--parallel=1"]
@@ -171,6 +200,13 @@ def test_exit_code_is_the_worst_of_the_jobs(tmp_path, capfd):
 
 
 class TestBudgets:
+    def test_what_is_shared_is_a_part_of_the_total(self):
+        partition = Partition([0, 0.1, 0.8, 1])
+        assert Study(iterations=100, shared=20).budgets(partition) == [8, 56, 16]
+        for shared in (-1, 100):
+            with pytest.raises(ValueError, match=f"study.shared {shared} must be in"):
+                Study(iterations=100, shared=shared).budgets(partition)
+
     @pytest.mark.parametrize("edges", [[0, 0.1, 0.8, 1], [k / 7 for k in range(7)] + [1]])
     def test_proportional_sums_to_the_total(self, edges):
         partition = Partition(edges)

@@ -5,8 +5,8 @@ The paper leaves open what it means by converged: three points and absolute chan
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -54,6 +54,7 @@ class History:
     Attributes:
         points: in the order of their total cost.
         devices: that each expert trains on.
+        shared: iterations and wall-clock seconds that were spent once, before the experts part.
 
     Raises:
         ValueError: no points, points in another order, or distances that are missing or not finite.
@@ -61,6 +62,7 @@ class History:
 
     points: Sequence[Point]
     devices: int = 1
+    shared: Mapping[Measure, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         totals = [sum(point.iterations) for point in self.points]
@@ -249,8 +251,13 @@ def costs(history: History, baseline: History, measure: Measure) -> np.ndarray:
     """NTC and NWCT [P, 2] of each point, the baseline's last being 100; devices count in NTC."""
     devices = (history.devices, baseline.devices) if measure == "seconds" else (1, 1)
     base = sum(baseline.spent(measure)[-1])
-    total = base * devices[1] / devices[0]
-    return np.array([(ntc(spent, total), nwct(spent, base)) for spent in history.spent(measure)])
+    total, shared = base * devices[1] / devices[0], history.shared.get(measure, 0)
+    return np.array(
+        [
+            (ntc([*spent, shared], total), nwct([each + shared for each in spent], base))
+            for spent in history.spent(measure)
+        ]
+    )
 
 
 def _at(points: Sequence[int | None], spent: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torchvision.datasets
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 from torchvision.datasets.utils import download_and_extract_archive
 
 from expertdiff.data.base import Data, Split, permutation
@@ -24,13 +25,22 @@ class Images(Data):
         validation_samples: see `Data`.
         reference: see `Data`.
         flip: mirror each training image left to right with probability 1/2.
+        image_size: make them smaller, for quick studies: height and width, a divisor of the
+            original's; each pixel is the mean of a box. By default the original's.
     """
 
     def __init__(
-        self, batch_size: int, validation_samples: int, reference: Split, flip: bool
+        self,
+        batch_size: int,
+        validation_samples: int,
+        reference: Split,
+        flip: bool,
+        image_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, validation_samples, reference)
         self.flip = flip
+        if image_size is not None:
+            self.shape = boxed_shape(self.shape, image_size)
 
     def scaled(self, items: Tensor) -> Tensor:
         return items.float().div_(127.5).sub_(1)
@@ -89,6 +99,7 @@ class FashionMNIST(Images):
         validation_samples: see `Data`.
         reference: see `Data`.
         flip: see `Images`; off, because all shoes point to the left.
+        image_size: see `Images`.
     """
 
     shape = (1, 28, 28)
@@ -103,8 +114,9 @@ class FashionMNIST(Images):
         validation_samples: int = 1000,
         reference: Split = "validation",
         flip: bool = False,
+        image_size: int | None = None,
     ) -> None:
-        super().__init__(batch_size, validation_samples, reference, flip)
+        super().__init__(batch_size, validation_samples, reference, flip, image_size)
         self.folder, self.download = Path(root).expanduser() / "FashionMNIST", download
 
     def prepare_data(self) -> None:
@@ -113,9 +125,9 @@ class FashionMNIST(Images):
 
     def read(self, name: Split) -> tuple[Tensor, Tensor]:
         prefix, n = {"train": ("train", 60000), "validation": ("t10k", 10000)}[name]
-        images = self._payload(f"{prefix}-images-idx3-ubyte", 16, (n, *self.shape))
+        images = self._payload(f"{prefix}-images-idx3-ubyte", 16, (n, *type(self).shape))
         labels = self._payload(f"{prefix}-labels-idx1-ubyte", 8, (n,))
-        return torch.from_numpy(images), torch.from_numpy(labels).long()
+        return boxed(torch.from_numpy(images), self.shape[-1]), torch.from_numpy(labels).long()
 
     def _payload(self, name: str, header: int, shape: tuple[int, ...]) -> np.ndarray:
         raw = read_bytes(self.folder / "raw" / name)
@@ -137,6 +149,7 @@ class CIFAR10(Images):
         validation_samples: see `Data`.
         reference: see `Data`.
         flip: see `Images`.
+        image_size: see `Images`.
     """
 
     shape = (3, 32, 32)
@@ -163,8 +176,9 @@ class CIFAR10(Images):
         validation_samples: int = 1000,
         reference: Split = "validation",
         flip: bool = True,
+        image_size: int | None = None,
     ) -> None:
-        super().__init__(batch_size, validation_samples, reference, flip)
+        super().__init__(batch_size, validation_samples, reference, flip, image_size)
         root = Path(root).expanduser()
         itself = any(root.glob("*_batch*.bin"))
         self.folder = root if itself else root / "cifar-10-batches-bin"
@@ -178,8 +192,9 @@ class CIFAR10(Images):
     def read(self, name: Split) -> tuple[Tensor, Tensor]:
         raw = b"".join(self._file(file, md5) for file, md5 in self.md5[name].items())
         records = np.frombuffer(raw, np.uint8).reshape(-1, 1 + 3072)
-        images = np.ascontiguousarray(records[:, 1:]).reshape(-1, *self.shape)
-        return torch.from_numpy(images), torch.from_numpy(records[:, 0].astype(np.int64))
+        images = np.ascontiguousarray(records[:, 1:]).reshape(-1, *type(self).shape)
+        labels = torch.from_numpy(records[:, 0].astype(np.int64))
+        return boxed(torch.from_numpy(images), self.shape[-1]), labels
 
     def _file(self, name: str, md5: str) -> bytes:
         raw = read_bytes(self.folder / name)
@@ -187,6 +202,23 @@ class CIFAR10(Images):
         if found != md5:
             raise damaged(self.folder / name, f"{len(raw)} bytes, md5 {found}, published: {md5}")
         return raw
+
+
+def boxed_shape(shape: tuple[int, ...], image_size: int) -> tuple[int, ...]:
+    """`shape` with another height and width; raises a ValueError where boxes do not come out."""
+    channels, size = shape[0], shape[-1]
+    if image_size < 1 or size % image_size:
+        divisors = [n for n in range(1, size + 1) if size % n == 0]
+        raise ValueError(f"image_size {image_size} does not divide {size}: choose from {divisors}")
+    return (channels, image_size, image_size)
+
+
+def boxed(images: Tensor, size: int) -> Tensor:
+    """uint8 images [N, C, H, H] as [N, C, size, size]: the mean of each box of pixels, rounded."""
+    if images.shape[-1] == size:
+        return images
+    parts = [avg_pool2d(part.float(), images.shape[-1] // size) for part in images.split(4096)]
+    return torch.cat([part.round_().to(torch.uint8) for part in parts])
 
 
 def fetch(folder: Path, download: Callable[[str], object]) -> None:

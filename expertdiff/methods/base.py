@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from expertdiff.bundle import Expert
 from expertdiff.checkpoints import IDENTITY, same_run
 from expertdiff.data.base import Batch
 from expertdiff.describe import build, describe
@@ -53,6 +55,11 @@ class Method(LightningModule, ABC):
             CosineAnnealingLR with ``T_max`` 0 ends with the run, however long that is.
         seed: of this training run; the command line sets it to ``seed_everything``.
         seeds: train one network for each of these side by side, instead of one for `seed`.
+        init_from: start from the averaged weights of this run's folder, checkpoint, or file of a
+            bundle, instead of first weights.
+
+    Raises:
+        ValueError: a seed twice, or first weights of another network.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class Method(LightningModule, ABC):
         lr_scheduler: LRSchedulerCallable | None = None,
         seed: int = 0,
         seeds: Sequence[int] | None = None,
+        init_from: Path | None = None,
     ) -> None:
         super().__init__()
         self.timesteps, self.weighting, self.partition = timesteps, weighting, partition
@@ -80,6 +88,9 @@ class Method(LightningModule, ABC):
         if len(set(self.seeds)) < max(1, len(self.seeds)):
             raise ValueError(f"seeds {self.seeds} name no run, or one twice: give different ones")
         networks = [_initialised(network, s, self.job) for s in self.seeds]
+        self.init_from = init_from and Expert.read(init_from)
+        for member in networks if self.init_from else []:
+            _start(member, self.init_from)
         if seeds is None:
             self.denoiser = NetworkDenoiser(*networks, process, prediction)
         else:
@@ -158,13 +169,17 @@ class Method(LightningModule, ABC):
             )
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.optimizer(self.network.parameters())
+        optimizer = self.optimizer(self.parameter_groups())
         if (scheduler := self._scheduler(optimizer)) is None:
             return optimizer
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def parameter_groups(self) -> Any:
+        """What the optimizer is given: parameters, or groups of them with their own settings."""
+        return self.network.parameters()
 
     def _scheduler(self, optimizer: torch.optim.Optimizer) -> Any:
         scheduler = self.lr_scheduler and self.lr_scheduler(optimizer)
@@ -287,6 +302,7 @@ class Method(LightningModule, ABC):
             "weighting": describe(self.weighting),
             "seeds": self.seeds,
             "stacked": isinstance(self.denoiser, StackedDenoiser),
+            **({"init_from": self.init_from.sha256} if self.init_from else {}),
         }
 
 
@@ -295,6 +311,13 @@ def _initialised(network: Network, seed: int, job: str) -> Network:
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed_of(seed, "init", job))
         return build(describe(network), Network)
+
+
+def _start(network: Network, expert: Expert) -> None:
+    try:
+        network.start_from(expert.weights)
+    except ValueError as error:
+        raise ValueError(f"training cannot start from {expert.path}: {error}") from error
 
 
 def _plain(value: Any) -> Any:

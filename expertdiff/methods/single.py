@@ -14,3 +14,11 @@ class Diffusion(Method):
     @property
     def job(self) -> str:
         return "baseline"
+
+
+class Shared(Diffusion):
+    """What the experts of a study have in common: they start from its weights."""
+
+    @property
+    def job(self) -> str:
+        return "shared"

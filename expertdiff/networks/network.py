@@ -1,6 +1,7 @@
 """The one promise of a network."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -15,12 +16,35 @@ class Network(Described, nn.Module, ABC):
 
     Attributes:
         num_classes: labels are in [0, num_classes); ``None`` for an unconditional network.
+        null_class: the label that means "of no class"; ``None`` where there is none.
         T: how many timesteps the chain must have; ``None`` for any process.
     """
 
     num_classes: int | None = None
+    null_class: int | None = None
     T: int | None = None
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """The raw output at `x_t`; `t` is as `NoiseProcess.condition` gives it."""
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Takes a state dict of its own kind.
+
+        Raises:
+            ValueError: a key is missing or left over, or a tensor of another shape; the first one
+                is named.
+        """
+        expected = self.state_dict()
+        for key in sorted(expected.keys() ^ weights.keys()):
+            raise ValueError(f"{key} is only in one of them")
+        for key, value in expected.items():
+            if weights[key].shape != value.shape:
+                raise ValueError(
+                    f"{key} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+                )
+        self.load_state_dict(weights)
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begins to train where these weights stand; raises as `load`."""
+        self.load(weights)

@@ -12,8 +12,9 @@ from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.files import read_json
 from expertdiff.loggers import read_metrics
 
-BASELINE, STITCHED = "baseline", "stitched"
-"""The names of the job of the whole chain, and of the tests that the verdict compares."""
+BASELINE, STITCHED, SHARED = "baseline", "stitched", "shared"
+"""The names of the tests that the verdict compares, the first that of a job too; and of the job
+that experts start from."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,15 @@ class Study:
         return [job for job in self.jobs.values() if job.name.startswith("expert-")]
 
     @property
+    def shared(self) -> Job | None:
+        """The job that the experts start from, if there is one."""
+        return self.jobs.get(SHARED)
+
+    @property
     def expected(self) -> list[str]:
         """The names of the tests that a finished study has."""
-        whole = [job.name for job in self.jobs.values() if job not in self.experts]
+        parts = [*self.experts, self.shared]
+        whole = [job.name for job in self.jobs.values() if job not in parts]
         return whole + [STITCHED] * bool(self.experts)
 
 

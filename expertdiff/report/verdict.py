@@ -54,6 +54,12 @@ def cost(study: Study, result: Result) -> Cost:
         if None not in seconds:
             wall = max(seconds)
             device = sum(s * job.devices for s, job in zip(seconds, jobs))
+    if study.shared and BASELINE not in steps:  # spent once, before the experts part
+        first = study.shared
+        total, longest = total + first.step, longest + first.step
+        if wall is not None:
+            seconds = first.seconds(first.step)
+            wall, device = wall + seconds, device + seconds * first.devices
     return Cost(total, longest, 100 * total / budget, 100 * longest / budget, wall, device)
 
 
@@ -85,7 +91,8 @@ def verdict(study: Study) -> str:
         )
     return (
         f"Stitched experts: {experts.metrics['metric']} {spread(experts.metrics)}, "
-        f"baseline {spread(baseline.metrics)} {_budgets(experts, baseline)} ({_counts(experts)}): "
+        f"baseline {spread(baseline.metrics)} {_budgets(study, experts, baseline)} "
+        f"({_counts(experts)}): "
         f"{_winner(experts, baseline)}."
     )
 
@@ -113,8 +120,8 @@ def _badness(result: Result) -> float:
     return abs(facts["mean"] - facts["floor"]) if facts.get("nearest_to_floor") else facts["mean"]
 
 
-def _budgets(experts: Result, baseline: Result) -> str:
-    ours, theirs = sum(experts.steps.values()), sum(baseline.steps.values())
+def _budgets(study: Study, experts: Result, baseline: Result) -> str:
+    ours, theirs = cost(study, experts).total, cost(study, baseline).total
     if ours == theirs:
         return "at equal total iterations"
     return f"with the experts at {100 * ours / theirs:.3g} % of the baseline's iterations"

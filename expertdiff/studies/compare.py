@@ -21,7 +21,7 @@ from expertdiff.analysis.cost import (
 )
 from expertdiff.files import replacing
 from expertdiff.look import style
-from expertdiff.report.study import BASELINE
+from expertdiff.report.study import BASELINE, Job
 from expertdiff.studies.trained import Trained, print_rows, told, write_rows
 
 
@@ -99,8 +99,10 @@ class Curve:
     def rows(self, reference: History, measure: Measure) -> list[dict[str, Any]]:
         """A row a point; the end of `reference` costs 100 %."""
         spent = costs(self.history, reference, measure).tolist()
+        shared = self.history.shared.get("iterations", 0)
         return [
-            {"model": self.name, "iterations": sum(point.iterations), "NTC": ntc, "NWCT": nwct}
+            {"model": self.name, "iterations": sum(point.iterations) + shared}
+            | {"NTC": ntc, "NWCT": nwct}
             | columns
             for point, (ntc, nwct), columns in zip(self.history.points, spent, self.columns)
         ]
@@ -141,11 +143,15 @@ def experts_curve(trained: Trained, name: str) -> Curve:
         if None not in at:
             mixes[step] = [steps[s] for steps, s in zip(kept, at)]
             spent[step] = {job.name: s for job, s in zip(jobs, at)}
-    return _curve(trained, f"{name} experts", mixes, spent)
+    return _curve(trained, f"{name} experts", mixes, spent, trained.study.shared)
 
 
 def _curve(
-    trained: Trained, name: str, mixes: dict[int, list[Path]], spent: dict[int, dict[str, int]]
+    trained: Trained,
+    name: str,
+    mixes: dict[int, list[Path]],
+    spent: dict[int, dict[str, int]],
+    before: Job | None = None,
 ) -> Curve:
     mixer = trained.mixer()
     # Each is kept when it is done.
@@ -157,7 +163,9 @@ def _curve(
         known = None if None in seconds else seconds
         points.append(Point(list(steps.values()), score[metric], known))
     devices = max(jobs[name].devices for name in next(iter(spent.values())))
-    return Curve(name, metric, History(points, devices), [told(score) for score in scores])
+    shared = before and {"iterations": before.step, "seconds": before.seconds(before.step)}
+    history = History(points, devices, shared or {})
+    return Curve(name, metric, history, [told(score) for score in scores])
 
 
 def milestone_rows(name: str, found: Account) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.exact import terminal_mismatch
 from expertdiff.experts.gated import GatedExperts
 from expertdiff.files import read_json, replacing, write_json
-from expertdiff.launch import Job, finished, run
+from expertdiff.jobs import Job, finished, run
 from expertdiff.methods.base import device_name
 from expertdiff.tables import rows as table_rows
 from expertdiff.tables.page import write_page
