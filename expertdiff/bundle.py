@@ -99,6 +99,15 @@ class Expert:
         return cls(path, identity, content["global_step"], sha256_of(path), weights)
 
     @classmethod
+    def start(cls, source: Path) -> "Expert":
+        """What a training may start from: as `read`, or the ``.pt`` of another project."""
+        source = Path(source)
+        if source.suffix not in (".pt", ".pth"):
+            return cls.read(source)
+        weights = checkpoints.read_published(source)
+        return cls(source, {}, 0, sha256_of(source), weights)
+
+    @classmethod
     def _from_bundle(cls, path: Path) -> "Expert":
         manifest = _read_manifest(path.parent)
         for entry in manifest["experts"]:
@@ -133,7 +142,7 @@ class Bundle:
     @property
     def num_classes(self) -> int | None:
         """Labels are in [0, num_classes); ``None`` for an unconditional model."""
-        return self.manifest["shared"]["network"]["init_args"].get("num_classes")
+        return classes_of(self.denoiser)
 
     @classmethod
     def load(cls, folder: Path) -> "Bundle":
@@ -218,6 +227,11 @@ class Bundle:
             if left.name not in files.values():
                 left.unlink()
         return cls.load(output)
+
+
+def classes_of(denoiser: Denoiser) -> int | None:
+    """How many labels its networks know; ``None`` for an unconditional model."""
+    return next(net.num_classes for net in denoiser.modules() if isinstance(net, Network))
 
 
 def _denoiser(identity: dict[str, Any], weights: dict[str, Tensor], path: Path) -> NetworkDenoiser:

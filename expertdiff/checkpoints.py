@@ -4,6 +4,7 @@ Beside each ``step-00001000.ckpt`` lies ``step-00001000.ckpt.json`` with its ste
 written last: a checkpoint without it, or that differs from it, does not count.
 """
 
+import argparse
 import re
 import warnings
 import zipfile
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from expertdiff.describe import differences
 from expertdiff.files import read_json, replacing, sha256_of, write_json
@@ -58,6 +60,31 @@ def load(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"checkpoint {path} holds more than tensors and plain values") from error
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The weights in the ``.pt`` of another project, such as ADM's and DiT's, on the CPU.
+
+    Of a training checkpoint (model, ema, ..) the averaged ones, else the raw ones; a file that has
+    neither is itself the weights.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or holds anything else.
+    """
+    try:
+        # DiT's training checkpoints keep their command line.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"cannot read {path} ({reason}): give a .pt of nothing but weights"
+        ) from error
+    if isinstance(content, dict):
+        content = content.get("ema", content.get("model", content))
+    if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} holds no weights: give a .pt of nothing but weights")
+    return content
 
 
 def verify(path: Path) -> None:

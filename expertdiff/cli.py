@@ -12,6 +12,7 @@ from typing import get_args, get_origin
 from expertdiff.analysis.consistency import consistency
 from expertdiff.callbacks.checkpoint import Interrupted
 from expertdiff.config_verbs import intervals, launch_study
+from expertdiff.data.latents import latents
 from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.expert_cli import ExpertCLI, Parser
 from expertdiff.jobs import INTERRUPTED
@@ -20,13 +21,13 @@ from expertdiff.studies.combinations import combinations
 from expertdiff.studies.compare import compare
 from expertdiff.studies.convergence import convergence
 from expertdiff.tables.dualdiff import table
-from expertdiff.verbs import likelihood, report, sample, stitch
+from expertdiff.verbs import export, likelihood, report, sample, stitch
 
 VERBS: dict[str, Callable[..., None]] = {
     verb.__name__: verb
     for verb in (
-        stitch, sample, measure, likelihood, report, consistency, convergence, combinations,
-        compare, table,
+        stitch, sample, measure, export, latents, likelihood, report, consistency, convergence,
+        combinations, compare, table,
     )
 }  # fmt: skip
 
@@ -67,6 +68,8 @@ Trains, stitches, compares and samples multi-expert diffusion models.
   stitch    make one model (a bundle) of trained experts
   sample    draw from a bundle: images (a PNG grid and an .npz) or points (a picture and a .csv)
   measure   compare a file of images with real ones, or with published statistics
+  export    write the experts of a bundle as plain networks, with the keys of ADM and DiT
+  latents   encode images once with an autoencoder, for a latent model
   report    write the page of a study
 
   intervals     choose where to cut the chain: by the data, the schedule or a trained model

@@ -16,13 +16,17 @@ from lightning.pytorch.utilities import rank_zero_only
 
 # The imports that look unused make the bare names of their classes known to the command line.
 import expertdiff.data
+import expertdiff.diffusion.guidance
 import expertdiff.evaluation.cloud
 import expertdiff.evaluation.inception
 import expertdiff.experts.gated
+import expertdiff.experts.remixed
 import expertdiff.methods.dualdiff
 import expertdiff.methods.mdm
+import expertdiff.methods.remix
 import expertdiff.methods.single
 import expertdiff.networks.ddpmpp
+import expertdiff.networks.dit
 import expertdiff.networks.mlp
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints
@@ -30,6 +34,7 @@ from expertdiff.analysis.intervals import IntervalMethod
 from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted
 from expertdiff.callbacks.ema import EMA
 from expertdiff.callbacks.gates import GateMap
+from expertdiff.callbacks.mixing import MixingMap
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
 from expertdiff.describe import Described
@@ -96,7 +101,7 @@ class ExpertCLI(LightningCLI):
                 "val_check_interval": 1000,
                 "log_every_n_steps": 50,
                 "logger": [{"class_path": "JsonLines"}, {"class_path": "WandB"}],
-                "callbacks": [LossByInterval(), DenoisingGrid(), GateMap()],
+                "callbacks": [LossByInterval(), DenoisingGrid(), GateMap(), MixingMap()],
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

@@ -4,15 +4,20 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
+from torch import Tensor
 from tqdm import tqdm
 
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Data
 from expertdiff.devices import default_device
-from expertdiff.diffusion.partition import Partition
+from expertdiff.diffusion.guidance import Guidance
+from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.samplers import Sampler
 from expertdiff.evaluation.kinds import kind
 from expertdiff.evaluation.likelihood import bits_per_dimension, log_likelihood
+from expertdiff.experts.remixed import Remixed
+from expertdiff.experts.routed import RoutedExperts
+from expertdiff.files import replacing, write_json
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.report import write_report
 
@@ -47,6 +52,7 @@ def sample(
     samples: int | None = None,
     seed: int = 0,
     sampler: Sampler | None = None,
+    guidance: Guidance | None = None,
     batch_size: int | None = None,
     precision: str = "32-true",
     output: Path | None = None,
@@ -58,18 +64,20 @@ def sample(
         samples: how many; by default 64 images or 10,000 points.
         seed: sample i is a function of (seed, i).
         sampler: by default DDIM with 50 steps for images, DDPM with all steps for points.
+        guidance: towards labels, as ``ClassifierFree --guidance.scale 1.5``; by default none.
         batch_size: samples at a time, does not change them; by default 64 images or 10,000 points.
         precision: of the network, ``32-true`` or ``bf16-mixed``.
         output: folder of ``samples.png`` and of ``samples.npz`` (ADM's layout) or ``samples.csv``
             (in the coordinates of the training file); by default ``<bundle>/samples``.
     """
     data = Bundle.load(bundle).manifest["shared"]["data"]
-    ours = kind(data["shape"])
+    ours = kind(data)
     protocol = Evaluation(
         sampler or ours.sampler(),
         samples=ours.shown if samples is None else samples,
         seeds=(seed,),
         batch_size=ours.shown if batch_size is None else batch_size,
+        guidance=guidance,
     )
     output = Path(output or Path(bundle) / "samples")
     model = Stitched(Path(bundle), protocol, output)
@@ -85,6 +93,38 @@ def sample(
     path = ours.save(drawn, labels, output, data["scale"])
     ours.picture(drawn[: ours.shown], output / "samples.png")
     print(f"{len(drawn)} samples: {output / 'samples.png'}, {path}")
+
+
+def export(bundle: Path, output: Path) -> None:
+    """Write the experts of a bundle as plain networks, as the projects they come from keep them.
+
+    Mixed experts become networks of their own. The files hold tensors by the keys of ADM and DiT
+    and nothing else; `--model.init_from` takes them, too.
+
+    Args:
+        bundle: the bundle's folder.
+        output: folder of ``00.pt`` (the cleanest), ``01.pt`` .., and ``experts.json``: who acts
+            where.
+    """
+    model = Bundle.load(bundle).denoiser
+    routed = isinstance(model, RoutedExperts)
+    experts: list[tuple[Interval, dict[str, Tensor]]] = []
+    intervals = model.partition.intervals() if routed else [Interval()]
+    for interval, part in zip(intervals, model.experts if routed else [model]):
+        network = part.network
+        if isinstance(network, Remixed):
+            own = [(i, e) for i, e in enumerate(network.partition.intervals())]
+            experts += [(e, network.expert(i)) for i, e in own if interval.contains(e)]
+        else:
+            experts.append((interval, network.state_dict()))
+    output, facts = Path(output), {}
+    output.mkdir(parents=True, exist_ok=True)
+    for i, (interval, weights) in enumerate(experts):
+        with replacing(output / f"{i:02d}.pt") as temporary:
+            torch.save(weights, temporary)
+        facts[f"{i:02d}.pt"] = [interval.lo, interval.hi]
+    write_json(output / "experts.json", facts)
+    print(f"{len(experts)} networks: {output}")
 
 
 def likelihood(
@@ -113,6 +153,8 @@ def likelihood(
                 f"{bundle} was trained on data of {key} {ours[key]}, these have {theirs}: name the "
                 "data it was trained on"
             )
+    if "autoencoder" in ours:
+        raise ValueError(f"{bundle} draws latents, whose likelihood is not that of their images")
     if model.num_classes:
         raise ValueError(f"{bundle} has classes, of which no likelihood is defined here")
     device = default_device()

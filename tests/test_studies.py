@@ -44,7 +44,8 @@ def jobs_in_this_process():
             assert main(job.command[1:]) == 0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("expertdiff.launch.run", run)
+        for room in ("jobs", "launch"):
+            patch.setattr(f"expertdiff.{room}.run", run)
         patch.setattr("expertdiff.callbacks.monitor.drawing", lambda *args: False)
         yield
 

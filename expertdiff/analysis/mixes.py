@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from expertdiff.bundle import Expert, check_together
+from expertdiff.bundle import Expert, check_together, classes_of
 from expertdiff.data.base import Data
 from expertdiff.describe import describe
 from expertdiff.devices import default_device
@@ -109,10 +109,11 @@ class Mixer:
 
     @cached_property
     def _protocol(self) -> dict[str, Any]:
-        e, (items, _) = self.evaluation, self.data.split("reference")
+        e, items = self.evaluation, self.data.real("reference")
         return {
             "partition": list(self.partition.edges),
             "sampler": describe(e.sampler),
+            **({"guidance": describe(e.guidance)} if e.guidance else {}),
             "judge": e.judge.identity,
             "samples": e.samples,
             "seeds": list(e.seeds),
@@ -123,9 +124,7 @@ class Mixer:
     def _measured(self, mixes: dict[str, Mix]) -> dict[str, Scores]:
         e = self.evaluation
         e.judge.to(self.device)
-        reference = e.judge.reference(
-            self.data.reference, self.data.split("reference")[0], self.device
-        )
+        reference = e.judge.reference(self.data.reference, self.data.real("reference"), self.device)
         denoisers = self._denoisers(mixes)
         scores: dict[str, Scores] = {key: {} for key in mixes}
         for seed in e.seeds:
@@ -143,7 +142,8 @@ class Mixer:
 
     def _denoisers(self, mixes: dict[str, Mix]) -> dict[Path, Denoiser]:
         paths = dict.fromkeys(path for mix in mixes.values() for path in mix)
-        return {path: Expert.read(path).denoiser().to(self.device) for path in paths}
+        guided = self.evaluation.guided
+        return {path: guided(Expert.read(path).denoiser()).to(self.device) for path in paths}
 
 
 class Walk:
@@ -161,10 +161,9 @@ class Walk:
     ) -> None:
         self.mixer, self.denoisers = mixer, denoisers
         identity = next(iter(mixer._experts.values())).identity
-        shape = identity["data"]["shape"]
-        self.kind = kind(shape)
-        self.noise = SampleNoise(seed, index, shape, mixer.device)
-        classes = identity["network"]["init_args"].get("num_classes")
+        self.kind = kind(identity["data"])
+        self.noise = SampleNoise(seed, index, identity["data"]["shape"], mixer.device)
+        classes = classes_of(next(iter(denoisers.values())))
         self.labels = sample_labels(classes, seed, index, mixer.device)
 
     def samples(self, mixes: dict[str, Mix]) -> list[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from expertdiff.data.densities import (
 from expertdiff.data.folder import ImageFolder
 from expertdiff.data.imagenet32 import ImageNet32
 from expertdiff.data.images import CIFAR10, Digits, FashionMNIST, Images
+from expertdiff.data.latents import DiffusersKL, Latents, Tiny, latents
 from expertdiff.data.toys import Toy2D
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Circle",
     "Data",
     "Density",
+    "DiffusersKL",
     "Digits",
     "Dino",
     "FashionMNIST",
@@ -34,6 +36,7 @@ __all__ = [
     "ImageFolder",
     "ImageNet32",
     "Images",
+    "Latents",
     "Line",
     "Moons",
     "Picture",
@@ -41,5 +44,7 @@ __all__ = [
     "PointsFile",
     "Rings",
     "Spirals",
+    "Tiny",
     "Toy2D",
+    "latents",
 ]

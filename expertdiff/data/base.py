@@ -37,10 +37,18 @@ class Batch(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A batch before it is gathered: index [B] int64, and flip [B] bool (mirror this item)."""
+    """A batch before it is gathered.
+
+    Attributes:
+        index: [B], int64.
+        flip: [B], bool: mirror this item.
+        seeds: of whatever else is drawn for the batch, one for each of its equal parts; none in a
+            validation.
+    """
 
     index: Tensor
     flip: Tensor
+    seeds: tuple[int, ...] = ()
 
 
 class Data(Described, LightningDataModule, ABC):
@@ -92,6 +100,10 @@ class Data(Described, LightningDataModule, ABC):
     def augmented(self, items: Tensor, flip: Tensor) -> Tensor:
         """`items` as training sees them."""
         return items
+
+    def real(self, name: Literal["train", "validation", "reference"]) -> Tensor:
+        """Items [N, ...] of a split as samples are when they are judged, on the CPU."""
+        return self.split(name)[0]
 
     def split(self, name: Literal["train", "validation", "reference"]) -> tuple[Tensor, Tensor]:
         """Items [N, *shape] and labels [N] int64 of a split, on the CPU; read once.
@@ -157,10 +169,14 @@ class Data(Described, LightningDataModule, ABC):
         """The `Batch` of a `Draw`, gathered on its device; any other batch as it is."""
         if not isinstance(batch, Draw):
             return batch
-        name = "train" if self.trainer.training else "validation"
-        items, labels = self._on(batch.index.device, name)
+        items, labels = self._on(batch.index.device, self._now)
         items = self.augmented(items.index_select(0, batch.index), batch.flip)
         return Batch(self.scaled(items), labels.index_select(0, batch.index), batch.index)
+
+    @property
+    def _now(self) -> Split:
+        """The split that batches are of."""
+        return "train" if self.trainer.training else "validation"
 
     def _on(self, device: torch.device, name: Split) -> tuple[Tensor, Tensor]:
         if (name, device) not in self._resident:
@@ -205,7 +221,10 @@ class Shuffled:
         self._order = lru_cache(maxsize=2)(lambda epoch: permutation(n, seed, "data", epoch))
 
     def __iter__(self) -> Iterator[Draw]:
-        return (Draw(self._index(m), self._flips(m)) for m in count(self.start()))
+        return (
+            Draw(self._index(m), self._flips(m), (seed_of(self.seed, "draw", self.rank, m),))
+            for m in count(self.start())
+        )
 
     def _index(self, m: int) -> Tensor:
         b = np.arange(self.batch_size, dtype=np.int64)
@@ -232,7 +251,9 @@ class Stacked:
         self.orders = list(orders)
 
     def __iter__(self) -> Iterator[Draw]:
-        return (Draw(*map(torch.cat, zip(*draws))) for draws in zip(*self.orders))
+        for draws in zip(*self.orders):
+            index, flip, seeds = zip(*draws)
+            yield Draw(torch.cat(index), torch.cat(flip), sum(seeds, ()))
 
 
 class Batches:

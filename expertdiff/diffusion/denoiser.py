@@ -130,6 +130,7 @@ class NetworkDenoiser(Denoiser):
         self.network = network
         self.process = process
         self.prediction = prediction
+        self.partition = getattr(network, "partition", self.partition)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         t = t.to(x_t.device, non_blocking=True)

@@ -1,13 +1,16 @@
-"""Images or points: how drawn samples are drawn, finished, kept and shown."""
+"""Images, latents of images, or points: how samples are drawn, finished, kept and shown."""
 
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from expertdiff.describe import Described, build
 from expertdiff.diffusion.samplers import DDIM, DDPM, Sampler
 from expertdiff.evaluation.images import save_grid, save_npz, to_uint8
 from expertdiff.evaluation.points import save_points, save_scatter
@@ -18,9 +21,11 @@ class Kind(ABC):
 
     Attributes:
         shown: how many a picture shows, and are drawn where nothing else is said.
+        bounded: whether x0 is in [-1, 1], to which a sampler may clip it.
     """
 
     shown: int
+    bounded: bool
 
     @abstractmethod
     def sampler(self) -> Sampler:
@@ -28,7 +33,7 @@ class Kind(ABC):
 
     @abstractmethod
     def finished(self, x: Tensor) -> Tensor:
-        """What a sampler made, as the data set holds its items.
+        """What a sampler made, as the data set gives real items to a judge.
 
         Raises:
             ValueError: a value is not finite.
@@ -47,9 +52,10 @@ class ImageKind(Kind):
     """Images: uint8, a grid, an ``.npz`` in ADM's layout."""
 
     shown = 64
+    bounded = True
 
     def sampler(self) -> Sampler:
-        return DDIM()
+        return DDIM(clip=self.bounded)
 
     def finished(self, x: Tensor) -> Tensor:
         return to_uint8(x)
@@ -63,13 +69,44 @@ class ImageKind(Kind):
         return path
 
 
+class LatentKind(ImageKind):
+    """Latents: decoded, then as images.
+
+    Args:
+        data: see `kind`.
+
+    Raises:
+        ValueError: their autoencoder is not there any more, or another one is.
+    """
+
+    bounded = False
+
+    def __init__(self, data: Mapping[str, Any]) -> None:
+        self.autoencoder = _autoencoder(json.dumps(data["autoencoder"]))
+        if self.autoencoder.identity != data["scale"]["autoencoder"]:
+            raise ValueError(
+                f"{data['autoencoder']['init_args']} is not the autoencoder of these latents, "
+                f"whose SHA-256 begins with {data['scale']['autoencoder'][:12]}: put that one there"
+            )
+
+    def finished(self, x: Tensor) -> Tensor:
+        return to_uint8(self.autoencoder.decode(x))
+
+
+@lru_cache(maxsize=1)
+def _autoencoder(description: str) -> Any:
+    # By its name, as the room of the data, where autoencoders are, is beside this one.
+    return build(json.loads(description), Described)
+
+
 class PointKind(Kind):
     """Points: as they are, a scatter plot, a ``.csv`` in the user's coordinates."""
 
     shown = 10_000
+    bounded = False
 
     def sampler(self) -> Sampler:
-        return DDPM(clip=False)
+        return DDPM(clip=self.bounded)
 
     def finished(self, x: Tensor) -> Tensor:
         if not x.isfinite().all():
@@ -85,6 +122,11 @@ class PointKind(Kind):
         return path
 
 
-def kind(shape: Sequence[int]) -> Kind:
-    """The kind of samples of this shape: images (C, H, W), or points (D,)."""
-    return PointKind() if len(shape) == 1 else ImageKind()
+def kind(data: Mapping[str, Any]) -> Kind:
+    """The kind of samples of a model of these data (`Data.identity`).
+
+    Latents have an ``autoencoder``; images are of shape (C, H, W), and points of shape (D,).
+    """
+    if "autoencoder" in data:
+        return LatentKind(data)
+    return PointKind() if len(data["shape"]) == 1 else ImageKind()

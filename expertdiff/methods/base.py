@@ -56,7 +56,7 @@ class Method(LightningModule, ABC):
         seed: of this training run; the command line sets it to ``seed_everything``.
         seeds: train one network for each of these side by side, instead of one for `seed`.
         init_from: start from the averaged weights of this run's folder, checkpoint, or file of a
-            bundle, instead of first weights.
+            bundle, or from a ``.pt`` of the project that the network is from.
 
     Raises:
         ValueError: a seed twice, or first weights of another network.
@@ -88,7 +88,7 @@ class Method(LightningModule, ABC):
         if len(set(self.seeds)) < max(1, len(self.seeds)):
             raise ValueError(f"seeds {self.seeds} name no run, or one twice: give different ones")
         networks = [_initialised(network, s, self.job) for s in self.seeds]
-        self.init_from = init_from and Expert.read(init_from)
+        self.init_from = init_from and Expert.start(init_from)
         for member in networks if self.init_from else []:
             _start(member, self.init_from)
         if seeds is None:

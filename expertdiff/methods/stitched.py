@@ -16,9 +16,11 @@ from torch import Tensor
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Batches
 from expertdiff.describe import describe
+from expertdiff.diffusion.denoiser import Denoiser
+from expertdiff.diffusion.guidance import Guidance
 from expertdiff.diffusion.samplers import SampleNoise, Sampler
 from expertdiff.evaluation.judge import Judge, Reference
-from expertdiff.evaluation.kinds import PointKind, kind
+from expertdiff.evaluation.kinds import kind
 from expertdiff.files import sha256_of, write_json
 from expertdiff.loggers import JsonLines
 from expertdiff.methods.base import device_name
@@ -35,6 +37,7 @@ class Evaluation:
         samples: how many, for each sampling seed.
         seeds: sampling seeds; a distance is given as mean and spread over them.
         batch_size: samples drawn at a time, on each device.
+        guidance: towards the samples' labels; by default none.
 
     Raises:
         ValueError: nothing to draw, or a seed twice.
@@ -45,6 +48,7 @@ class Evaluation:
     samples: int = 10_000
     seeds: tuple[int, ...] = (0, 1, 2)
     batch_size: int = 500
+    guidance: Guidance | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
@@ -54,6 +58,10 @@ class Evaluation:
             raise ValueError(
                 f"seeds {list(self.seeds)} draw nothing, or the same twice: give different ones"
             )
+
+    def guided(self, denoiser: Denoiser) -> Denoiser:
+        """What samples are drawn with; raises a ValueError where it cannot be guided."""
+        return self.guidance(denoiser) if self.guidance else denoiser
 
 
 class Stitched(LightningModule):
@@ -69,13 +77,13 @@ class Stitched(LightningModule):
     def __init__(self, bundle: Path, evaluation: Evaluation, output: Path | None = None) -> None:
         super().__init__()
         self.bundle = Bundle.load(bundle)
-        self.kind = kind(self.bundle.shape)
-        if evaluation.sampler.clip and isinstance(self.kind, PointKind):
+        self.kind = kind(self.bundle.manifest["shared"]["data"])
+        if evaluation.sampler.clip and not self.kind.bounded:
             raise ValueError(
-                f"{bundle} draws points, and the sampler clips them to [-1, 1] as it does images: "
-                "set clip to false"
+                f"{bundle} draws points or latents, and the sampler clips them to [-1, 1] as it "
+                "does images: set clip to false"
             )
-        self.denoiser = self.bundle.denoiser
+        self.denoiser = evaluation.guided(self.bundle.denoiser)
         self.evaluation = evaluation
         self.output = Path(output) if output else Path(bundle) / "test"
 
@@ -93,7 +101,7 @@ class Stitched(LightningModule):
         return sample_labels(self.bundle.num_classes, seed, index.tolist(), self.device)
 
     def draw(self, seed: int, index: Tensor) -> Tensor:
-        """The samples with these indices, as the data set holds its items: uint8 for images."""
+        """The samples with these indices, as `Data.real` gives real items: uint8 for images."""
         noise = SampleNoise(seed, index.tolist(), self.bundle.shape, self.device)
         labels = self.labels(seed, index)
         return self.kind.finished(self.evaluation.sampler(self.denoiser, noise, labels))
@@ -161,6 +169,7 @@ class Stitched(LightningModule):
             "seeds": list(e.seeds),
             "samples": e.samples,
             "sampler": describe(e.sampler),
+            "guidance": describe(e.guidance),
             "nfe": len(visited),
             "calls": owners.bincount(minlength=len(bundle.partition)).tolist(),
             "reference": against.name,
@@ -210,7 +219,7 @@ class Stitched(LightningModule):
         """The reference, and of as many real items of the other split as are drawn: a floor."""
         data = self.trainer.datamodule
         other = "train" if data.reference == "validation" else "validation"
-        items, fresh = data.split("reference")[0], data.split(other)[0][: self.evaluation.samples]
+        items, fresh = data.real("reference"), data.real(other)[: self.evaluation.samples]
         self._fresh = len(fresh)
         reference = self._judge.reference(data.reference, items, self.device)
         return reference, self._judge.real(fresh, self.device)

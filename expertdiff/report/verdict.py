@@ -10,6 +10,7 @@ from expertdiff.report.study import BASELINE, STITCHED, Job, Result, Study
 MEASURED_ALIKE = (
     "metric",
     "sampler",
+    "guidance",
     "seeds",
     "samples",
     "reference",

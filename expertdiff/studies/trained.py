@@ -13,6 +13,7 @@ from expertdiff.analysis.mixes import Mixer, Scores
 from expertdiff.data.base import Data
 from expertdiff.describe import build
 from expertdiff.devices import default_device
+from expertdiff.diffusion.guidance import Guidance
 from expertdiff.diffusion.samplers import Sampler
 from expertdiff.evaluation.judge import Judge
 from expertdiff.files import replacing
@@ -62,6 +63,7 @@ class Trained:
             block["samples"] if samples is None else samples,
             tuple(block["seeds"] if seeds is None else seeds),
             block["batch_size"],
+            block.get("guidance") and build(block["guidance"], Guidance),
         )
         data = build(study.facts["data"], Data)
         return cls(folder, study, evaluation, data, str(study.facts["settings"]["precision"]))
@@ -143,8 +145,8 @@ class Trained:
         data, device = self.data, default_device()
         judge = self.evaluation.judge.to(device)
         other = "train" if data.reference == "validation" else "validation"
-        reference = judge.reference(data.reference, data.split("reference")[0], device)
-        fresh = judge.real(data.split(other)[0][: self.evaluation.samples], device)
+        reference = judge.reference(data.reference, data.real("reference"), device)
+        fresh = judge.real(data.real(other)[: self.evaluation.samples], device)
         return judge.distances(fresh, reference.summary)[judge.metric]
 
 

@@ -80,7 +80,7 @@ def our_step(net: nn.Module, images: Tensor) -> Callable[[], None]:
     module._trainer = trainer = SimpleNamespace(
         global_step=0, global_rank=0, accumulate_grad_batches=1
     )
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4, fused=True)
+    optimizer = torch.optim.AdamW(module.network.parameters(), lr=1e-4, fused=True)
     ema = EMA(DECAY)
     ema.on_fit_start(trainer, module)
     index = torch.arange(len(images), device=images.device)

@@ -84,7 +84,7 @@ def with_nearest(
         mean: [D], taken off the features of all items.
     """
     rows = [*rows, Row(HELD_OUT)]
-    held_out, _ = data.split("validation")
+    held_out = data.real("validation")
     asked = {name: sets[name] for name in ("A", "B")}
     asked[HELD_OUT] = likeness.features(held_out[: len(sets["A"])]) - mean
     training = (features - mean for features in _training(data, likeness))
@@ -98,10 +98,10 @@ def with_nearest(
 
 def _training(data: Data, likeness: Likeness) -> Iterator[Tensor]:
     """Features of all training items, and of their mirror images where training sees these."""
-    items, _ = data.split("train")
+    items = data.real("train")
     for part in tqdm(items.split(PART), desc="training items", leave=False):
         for flip in (False, True) if data.flip else (False,):
-            yield likeness.features(data.augmented(part, torch.full((len(part),), flip)))
+            yield likeness.features(part.flip(-1) if flip else part)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -52,10 +52,10 @@ def consistency(
             ``<a>/consistency``.
     """
     first, second = Bundle.load(a), Bundle.load(b)
-    ours = kind(first.shape)
+    ours = kind(first.manifest["shared"]["data"])
     images = not isinstance(ours, PointKind)
     protocol = Evaluation(
-        sampler or DDIM(clip=images),
+        sampler or DDIM(clip=ours.bounded),
         samples=samples,
         seeds=(seed,),
         batch_size=ours.shown if batch_size is None else batch_size,
