@@ -35,7 +35,7 @@ def network(**options):
     return Remixed(MLPDenoiser(16, 2, T=1000), ["ff"], **options)
 
 
-def method(net=None, steps=1000, ranks=1, **options):
+def method(net=None, steps=1000, **options):
     arguments = {"timesteps": Uniform(), "partition": Partition([0, 0.5, 1])} | options
     module = Remix(
         network=net or network(), process=DiscreteVP(LinearBetas()), prediction=Eps(),
@@ -43,8 +43,8 @@ def method(net=None, steps=1000, ranks=1, **options):
     )  # fmt: skip
     data = SimpleNamespace(batch_size=8, split=lambda name: (torch.zeros(320, 2), None))
     module._trainer = SimpleNamespace(
-        global_step=0, global_rank=0, world_size=ranks, accumulate_grad_batches=1,
-        max_steps=steps, datamodule=data, strategy=SimpleNamespace(),
+        global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1,
+        max_steps=steps, datamodule=data,
     )  # fmt: skip
     return module
 

@@ -133,12 +133,13 @@ class NetworkDenoiser(Denoiser):
         self.partition = getattr(network, "partition", self.partition)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
-        t = t.to(x_t.device, non_blocking=True)
-        output = self.output(x_t, t, y).float()
+        moved = t.to(x_t.device, non_blocking=True)
+        # A network that routes looks at t, where that costs no sync.
+        output = self.output(x_t, t if self.partition.edges[1:-1] else moved, y).float()
         variance = None
         if output.shape[1] == 2 * x_t.shape[1]:
             output, variance = output.chunk(2, dim=1)
-        alpha, sigma = (expand(c, x_t) for c in self.process.alpha_sigma(t))
+        alpha, sigma = (expand(c, x_t) for c in self.process.alpha_sigma(moved))
         return Prediction(*self.prediction.x0_eps(output, x_t, alpha, sigma), variance)
 
     def output(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:

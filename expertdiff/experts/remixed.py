@@ -147,8 +147,7 @@ class Remixed(Network):
             these are cast once, when they are mixed, and not at each use.
 
     Raises:
-        ValueError: numbers that do not fit, an ending that no module has, or a plain network that
-            recomputes its blocks.
+        ValueError: numbers that do not fit, or an ending that no module has.
     """
 
     cast: tuple[str, ...] = ()
@@ -343,11 +342,6 @@ def _check(network: Network, bases: int, experts: int, T: int) -> None:
     if network.T not in (None, T):
         raise ValueError(
             f"the plain network is made for {network.T} timesteps, not {T}: give both the same T"
-        )
-    if getattr(network, "checkpointing", False):
-        # By the time they are recomputed, the mixed weights are no longer in their places.
-        raise ValueError(
-            f"checkpointing of a mixed {type(network).__name__} is not possible: set it to false"
         )
 
 

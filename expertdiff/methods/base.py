@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,10 @@ class Method(LightningModule, ABC):
             raise ValueError(f"seeds {self.seeds} name no run, or one twice: give different ones")
         networks = [_initialised(network, s, self.job) for s in self.seeds]
         self.init_from = init_from and Expert.start(init_from)
-        for member in networks if self.init_from else []:
-            _start(member, self.init_from)
+        if self.init_from:
+            for member in networks:
+                _start(member, self.init_from)
+            self.init_from = replace(self.init_from, weights={})
         if seeds is None:
             self.denoiser = NetworkDenoiser(*networks, process, prediction)
         else:
@@ -228,8 +231,13 @@ class Method(LightningModule, ABC):
         """t [B], importance [B] and eps [B, ...] for the items of one seed."""
         noise = generator(self.device, seed, "noise", *key)
         shared = generator(self.device, seed, "shared", self.job, self.trainer.global_step)
-        t, importance = self.timesteps.sample(len(x0), self.interval, noise, self.process, shared)
+        interval = self.drawn(seed, key)
+        t, importance = self.timesteps.sample(len(x0), interval, noise, self.process, shared)
         return t, importance, torch.randn(x0.shape, generator=noise, device=x0.device)
+
+    def drawn(self, seed: int, key: tuple[int | str, ...]) -> Interval:
+        """Where a micro-batch draws its t."""
+        return self.interval
 
     def regularised(self, prediction: Prediction) -> Tensor | float:
         """What a method adds to the loss of each seed, [S]."""

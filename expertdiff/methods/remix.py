@@ -3,15 +3,14 @@
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from expertdiff.data.base import Batch, permutation
 from expertdiff.describe import Described, describe, differences
 from expertdiff.diffusion.denoiser import Prediction
-from expertdiff.experts.remixed import TABLE, Remixed, Softmax
+from expertdiff.diffusion.partition import Interval
+from expertdiff.experts.remixed import Remixed, Softmax
 from expertdiff.methods.single import Diffusion
-from expertdiff.seeds import generator
 
 
 class Gamma(Described, ABC):
@@ -92,10 +91,11 @@ class Remix(Diffusion):
 
     def _same_mixer(self) -> None:
         identity = self.init_from.identity if self.init_from else {}
-        if not identity or TABLE not in self.init_from.weights:
+        arguments = identity.get("network", {}).get("init_args", {})
+        if "mixer" not in arguments:  # of a plain network
             return
         ours = describe(self.network.coefficients.mixer)
-        theirs = identity["network"]["init_args"]["mixer"] or describe(Softmax())
+        theirs = arguments["mixer"] or describe(Softmax())
         if changed := differences(ours, theirs, "mixer"):
             raise ValueError(
                 f"the coefficients of {self.init_from.path} are of another mixer "
@@ -130,18 +130,11 @@ class Remix(Diffusion):
         finally:
             self.network.active = None
 
-    def _draw(
-        self, x0: Tensor, seed: int, key: tuple[int | str, ...]
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def drawn(self, seed: int, key: tuple[int | str, ...]) -> Interval:
         _, rank, micro_batch = key
-        expert = self.expert(seed, rank, micro_batch)
         # The network need not look at t, which would wait for the GPU.
-        self.network.active = expert
-        interval = self.network.partition.interval(expert)
-        noise = generator(self.device, seed, "noise", *key)
-        shared = generator(self.device, seed, "shared", self.job, self.trainer.global_step)
-        t, importance = self.timesteps.sample(len(x0), interval, noise, self.process, shared)
-        return t, importance, torch.randn(x0.shape, generator=noise, device=x0.device)
+        self.network.active = self.expert(seed, rank, micro_batch)
+        return self.network.partition.interval(self.network.active)
 
     def expert(self, seed: int, rank: int, micro_batch: int) -> int:
         """Which expert a rank trains in a micro-batch of the run."""

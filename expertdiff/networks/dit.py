@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from expertdiff.networks.network import Network
@@ -122,7 +123,9 @@ class DiT(Network):
         x = self.x_embedder(x_t) + self.pos_embed  # [B, tokens, D], float32 under autocast too
         for block in self.blocks:
             if self.checkpointing:
-                x = checkpoint(block, x, c, use_reentrant=False)
+                # With the weights of this moment: a network that mixes them puts others there.
+                weights = dict(block.named_parameters())
+                x = checkpoint(functional_call, block, weights, (x, c), use_reentrant=False)
             else:
                 x = block(x, c)
         return self._unpatchified(self.final_layer(x, c))
