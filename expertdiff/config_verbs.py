@@ -6,6 +6,7 @@ from pathlib import Path
 
 from expertdiff.analysis.intervals import IntervalMethod, Selection, every, select
 from expertdiff.bundle import Bundle
+from expertdiff.evaluation.kinds import kind
 from expertdiff.expert_cli import ConfigOnly, Parser, classes_for
 from expertdiff.files import read_json
 from expertdiff.launch import launch
@@ -43,7 +44,11 @@ def launch_config(cli: ConfigOnly, parallel: int | None) -> Path:
                 f"--trainer.{name} cannot be the same for every job: set study.iterations, "
                 "study.budget, study.root or study.name"
             )
-    return launch(cli.study, config, cli.datamodule.identity(), cli.model.job, parallel)
+    data, evaluation = cli.datamodule.identity(), cli.study.evaluation
+    if evaluation:  # what a test would refuse is refused before the training
+        evaluation.check(kind(data), "the model")
+        evaluation.guided(cli.model.denoiser)
+    return launch(cli.study, config, data, cli.model.job, parallel)
 
 
 def layers(configs: Sequence[str]) -> list[str]:

@@ -42,6 +42,7 @@ from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.files import locked, read_json
 from expertdiff.loggers import StudyLogger
 from expertdiff.methods.base import Method
+from expertdiff.report.study import SHARED
 from expertdiff.study import Study
 
 
@@ -122,6 +123,14 @@ class ExpertCLI(LightningCLI):
         arguments = config.model.init_args
         if "seed" in arguments:
             arguments.seed = int(config.seed_everything)
+        study = config.study
+        if "expert" in arguments and study.shared and arguments.init_from is None:
+            arguments.init_from = Path(study.root) / study.name / SHARED
+            if not (arguments.init_from / "done.json").is_file():
+                raise ValueError(
+                    f"{arguments.init_from}, which study.shared says that experts start from, is "
+                    "not trained: run expertdiff launch, which does, or fit --model Shared before"
+                )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what only the study and the job together know."""

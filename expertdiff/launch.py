@@ -61,6 +61,8 @@ def launch(
             "with --study.evaluation.judge Pixels"
         )
     experts = "expert" in arguments
+    if study.shared:
+        _check_shared(study, config, experts)
     jobs = []
     if experts:
         if study.shared:
@@ -103,6 +105,23 @@ def launch(
     report = write_report(study.folder)
     print(f"report: {report}")
     return report
+
+
+def _check_shared(study: Study, config: dict[str, Any], experts: bool) -> None:
+    """Raises a ValueError where experts would not start from what they are to share."""
+    if not experts:
+        raise ValueError(
+            f"study.shared {study.shared} is for experts that are trained apart, as those of MDM: "
+            "set it to 0"
+        )
+    ema = config["ema"]
+    left = ema["decay"] ** study.shared
+    if left > 0.05 and not ema["warmup"] and ema["power"] is None:
+        raise ValueError(
+            f"after study.shared {study.shared} steps the averaged weights, which experts start "
+            f"from, are still {100 * left:.0f} % random at ema.decay {ema['decay']}: set "
+            "ema.warmup to true, or share more steps"
+        )
 
 
 def _fit_job(

@@ -1,5 +1,6 @@
 """Verbs that are plain functions; the command line reads their options from the signatures."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from tqdm import tqdm
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Data
 from expertdiff.devices import default_device
+from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.guidance import Guidance
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.samplers import Sampler
@@ -107,24 +109,31 @@ def export(bundle: Path, output: Path) -> None:
             where.
     """
     model = Bundle.load(bundle).denoiser
-    routed = isinstance(model, RoutedExperts)
-    experts: list[tuple[Interval, dict[str, Tensor]]] = []
-    intervals = model.partition.intervals() if routed else [Interval()]
-    for interval, part in zip(intervals, model.experts if routed else [model]):
-        network = part.network
-        if isinstance(network, Remixed):
-            own = [(i, e) for i, e in enumerate(network.partition.intervals())]
-            experts += [(e, network.expert(i)) for i, e in own if interval.contains(e)]
-        else:
-            experts.append((interval, network.state_dict()))
     output, facts = Path(output), {}
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty: choose another folder")
     output.mkdir(parents=True, exist_ok=True)
-    for i, (interval, weights) in enumerate(experts):
+    for i, (interval, weights) in enumerate(_plain(model)):
         with replacing(output / f"{i:02d}.pt") as temporary:
             torch.save(weights, temporary)
         facts[f"{i:02d}.pt"] = [interval.lo, interval.hi]
     write_json(output / "experts.json", facts)
-    print(f"{len(experts)} networks: {output}")
+    print(f"{len(facts)} networks: {output}")
+
+
+def _plain(model: Denoiser) -> Iterator[tuple[Interval, dict[str, Tensor]]]:
+    """Each interval of a model, and the plain network that acts there; one at a time in memory."""
+    routed = isinstance(model, RoutedExperts)
+    intervals = model.partition.intervals() if routed else [Interval()]
+    for interval, part in zip(intervals, model.experts if routed else [model]):
+        network = part.network
+        if not isinstance(network, Remixed):
+            yield interval, network.state_dict()
+            continue
+        for i, own in enumerate(network.partition.intervals()):
+            lo, hi = max(interval.lo, own.lo), min(interval.hi, own.hi)
+            if lo < hi:
+                yield Interval(lo, hi), network.expert(i)
 
 
 def likelihood(

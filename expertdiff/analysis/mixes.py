@@ -126,12 +126,13 @@ class Mixer:
         e.judge.to(self.device)
         reference = e.judge.reference(self.data.reference, self.data.real("reference"), self.device)
         denoisers = self._denoisers(mixes)
+        own = {path: denoiser.partition for path, denoiser in denoisers.items()}
         scores: dict[str, Scores] = {key: {} for key in mixes}
         for seed in e.seeds:
             features: dict[str, list[Tensor]] = {key: [] for key in mixes}
             batches = torch.arange(e.samples).split(e.batch_size)
             for index in tqdm(batches, desc=f"{len(mixes)} models, seed {seed}", leave=False):
-                walk = Walk(self, denoisers, seed, index.tolist())
+                walk = Walk(self, denoisers, own, seed, index.tolist())
                 for key, samples in walk.samples(mixes):
                     features[key].append(e.judge(samples))
             for key, parts in features.items():
@@ -152,14 +153,20 @@ class Walk:
     Args:
         mixer: whose protocol is followed.
         denoisers: of each expert.
+        own: the partitions inside these.
         seed: of the samples.
         index: of the samples.
     """
 
     def __init__(
-        self, mixer: Mixer, denoisers: dict[Path, Denoiser], seed: int, index: list[int]
+        self,
+        mixer: Mixer,
+        denoisers: dict[Path, Denoiser],
+        own: dict[Path, Partition],
+        seed: int,
+        index: list[int],
     ) -> None:
-        self.mixer, self.denoisers = mixer, denoisers
+        self.mixer, self.denoisers, self.own = mixer, denoisers, own
         identity = next(iter(mixer._experts.values())).identity
         self.kind = kind(identity["data"])
         self.noise = SampleNoise(seed, index, identity["data"]["shape"], mixer.device)
@@ -182,7 +189,8 @@ class Walk:
         for path, group in groupby(ordered, key=lambda item: item[1][level]):
             denoiser = self.denoisers[path]
             # Where another expert takes over, samplers are told that there is a border.
-            denoiser.partition = Partition([0, 1]) if path == above else self.mixer.partition
+            border = Partition([0, 1]) if path == above else self.mixer.partition
+            denoiser.partition = Partition(sorted({*border.edges, *self.own[path].edges}))
             state = self._through(level, denoiser, start)
             acted = start is None or state.k > start.k  # no step may fall into an interval
             found += self._below(level - 1, dict(group), state, path if acted else above)

@@ -131,11 +131,12 @@ class NetworkDenoiser(Denoiser):
         self.process = process
         self.prediction = prediction
         self.partition = getattr(network, "partition", self.partition)
+        # A network that routes looks at t, which on the CPU costs no sync.
+        self._routes = hasattr(network, "partition")
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         moved = t.to(x_t.device, non_blocking=True)
-        # A network that routes looks at t, where that costs no sync.
-        output = self.output(x_t, t if self.partition.edges[1:-1] else moved, y).float()
+        output = self.output(x_t, t if self._routes else moved, y).float()
         variance = None
         if output.shape[1] == 2 * x_t.shape[1]:
             output, variance = output.chunk(2, dim=1)

@@ -90,7 +90,9 @@ class LatentKind(ImageKind):
             )
 
     def finished(self, x: Tensor) -> Tensor:
-        return to_uint8(self.autoencoder.decode(x))
+        images = self.autoencoder.decode(x)
+        # Rounded, as DiT's published samples are; ADM's rule for pixels truncates.
+        return to_uint8(images + 1 / 255)
 
 
 @lru_cache(maxsize=1)

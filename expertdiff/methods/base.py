@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from expertdiff.bundle import Expert
 from expertdiff.checkpoints import IDENTITY, same_run
 from expertdiff.data.base import Batch
-from expertdiff.describe import build, describe
+from expertdiff.describe import build, describe, differences
 from expertdiff.diffusion.denoiser import NetworkDenoiser, Prediction, PredictionType
 from expertdiff.diffusion.exact import terminal_mismatch
 from expertdiff.diffusion.objective import Losses, losses
@@ -92,7 +92,7 @@ class Method(LightningModule, ABC):
         self.init_from = init_from and Expert.start(init_from)
         if self.init_from:
             for member in networks:
-                _start(member, self.init_from)
+                _start(member, prediction, self.init_from)
             self.init_from = replace(self.init_from, weights={})
         if seeds is None:
             self.denoiser = NetworkDenoiser(*networks, process, prediction)
@@ -310,7 +310,7 @@ class Method(LightningModule, ABC):
             "weighting": describe(self.weighting),
             "seeds": self.seeds,
             "stacked": isinstance(self.denoiser, StackedDenoiser),
-            **({"init_from": self.init_from.sha256} if self.init_from else {}),
+            "init_from": self.init_from and self.init_from.sha256,
         }
 
 
@@ -321,7 +321,13 @@ def _initialised(network: Network, seed: int, job: str) -> Network:
         return build(describe(network), Network)
 
 
-def _start(network: Network, expert: Expert) -> None:
+def _start(network: Network, prediction: PredictionType, expert: Expert) -> None:
+    theirs = expert.identity.get("prediction", describe(prediction))
+    if changed := differences(describe(prediction), theirs, "prediction"):
+        raise ValueError(
+            f"training cannot start from {expert.path}, whose output means something else "
+            f"({'; '.join(changed)}): choose the same model.prediction"
+        )
     try:
         network.start_from(expert.weights)
     except ValueError as error:

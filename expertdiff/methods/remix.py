@@ -104,7 +104,9 @@ class Remix(Diffusion):
 
     def _freeze(self) -> None:
         coefficients = self.network.coefficients
-        if self.init_from is None or not coefficients.mixer.learns:
+        start = self.init_from.identity.get("network") if self.init_from else None
+        plain = start is not None and "mixer" not in start["init_args"]
+        if self.init_from is None or plain or not coefficients.mixer.learns:
             raise ValueError(
                 "refit trains the coefficients of trained bases: name these by init_from, and use "
                 f"a mixer that learns, not {type(coefficients.mixer).__name__}"

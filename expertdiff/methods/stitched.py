@@ -20,7 +20,7 @@ from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.guidance import Guidance
 from expertdiff.diffusion.samplers import SampleNoise, Sampler
 from expertdiff.evaluation.judge import Judge, Reference
-from expertdiff.evaluation.kinds import kind
+from expertdiff.evaluation.kinds import Kind, kind
 from expertdiff.files import sha256_of, write_json
 from expertdiff.loggers import JsonLines
 from expertdiff.methods.base import device_name
@@ -59,6 +59,14 @@ class Evaluation:
                 f"seeds {list(self.seeds)} draw nothing, or the same twice: give different ones"
             )
 
+    def check(self, kind: Kind, model: str) -> None:
+        """Raises a ValueError where samples of this kind would be clipped; `model` is its name."""
+        if self.sampler.clip and not kind.bounded:
+            raise ValueError(
+                f"{model} draws points or latents, and the sampler clips them to [-1, 1] as it "
+                "does images: set clip to false"
+            )
+
     def guided(self, denoiser: Denoiser) -> Denoiser:
         """What samples are drawn with; raises a ValueError where it cannot be guided."""
         return self.guidance(denoiser) if self.guidance else denoiser
@@ -78,11 +86,7 @@ class Stitched(LightningModule):
         super().__init__()
         self.bundle = Bundle.load(bundle)
         self.kind = kind(self.bundle.manifest["shared"]["data"])
-        if evaluation.sampler.clip and not self.kind.bounded:
-            raise ValueError(
-                f"{bundle} draws points or latents, and the sampler clips them to [-1, 1] as it "
-                "does images: set clip to false"
-            )
+        evaluation.check(self.kind, str(bundle))
         self.denoiser = evaluation.guided(self.bundle.denoiser)
         self.evaluation = evaluation
         self.output = Path(output) if output else Path(bundle) / "test"

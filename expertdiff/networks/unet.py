@@ -5,6 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from expertdiff.networks.network import Network
@@ -159,7 +160,9 @@ class ADMUNet(Network):
         for block in blocks:
             inputs = (h, emb) if isinstance(block, ResBlock) else (h,)
             if self.checkpointing and isinstance(block, (ResBlock, AttentionBlock)):
-                h = checkpoint(block, *inputs, use_reentrant=False)
+                # With the weights of this moment: a network that mixes them puts others there.
+                weights = dict(block.named_parameters())
+                h = checkpoint(functional_call, block, weights, inputs, use_reentrant=False)
             else:
                 h = block(*inputs)
         return h

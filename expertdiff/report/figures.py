@@ -135,7 +135,12 @@ def loss_figure(study: Study, loss: str, label: str) -> Figure | None:
     """
     n = len(study.partition)
     curves = [
-        {job.name: job.curve(f"val/{loss}/{i}") for job in study.jobs.values()} for i in range(n)
+        {
+            job.name: job.curve(f"val/{loss}/{i}")
+            for job in study.jobs.values()
+            if job is not study.shared
+        }
+        for i in range(n)
     ]
     if not any(steps for panel in curves for steps, _ in panel.values()):
         return None
@@ -182,7 +187,7 @@ def _loss_panel(axes: Axes, panel: dict[str, tuple[list[int], list[float]]]) -> 
         axes.plot(steps, values, color=colour, lw=1.6)
         axes.plot(steps[-1], values[-1], "o", color=colour, ms=4)
         last[name] = values[-1]
-    if len(last) == 2:
+    if len(last) == 2 and BASELINE in last:
         ratio = [value for name, value in last.items() if name != BASELINE][0] / last[BASELINE]
         axes.text(0.98, 0.93, f"expert / baseline,\nlast values: {ratio:.3f}",
                   transform=axes.transAxes, ha="right", va="top")  # fmt: skip

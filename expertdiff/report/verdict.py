@@ -55,12 +55,13 @@ def cost(study: Study, result: Result) -> Cost:
         if None not in seconds:
             wall = max(seconds)
             device = sum(s * job.devices for s, job in zip(seconds, jobs))
-    if study.shared and BASELINE not in steps:  # spent once, before the experts part
-        first = study.shared
-        total, longest = total + first.step, longest + first.step
+    first = study.shared
+    if first and any(name.startswith("expert-") for name in steps):  # spent once, at the start
+        total, longest = total + first.iterations, longest + first.iterations
+        seconds = first.seconds(first.iterations)
         if wall is not None:
-            seconds = first.seconds(first.step)
-            wall, device = wall + seconds, device + seconds * first.devices
+            wall = None if seconds is None else wall + seconds
+            device = None if seconds is None else device + seconds * first.devices
     return Cost(total, longest, 100 * total / budget, 100 * longest / budget, wall, device)
 
 

@@ -16,6 +16,7 @@ from expertdiff.devices import default_device
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import DDIM, SampleNoise
+from expertdiff.evaluation.kinds import kind
 from expertdiff.seeds import generator
 
 WEIGHTS = 2**24
@@ -89,7 +90,9 @@ class AttentionConcentration(IntervalMethod):
         device = default_device()
         denoiser = copy.deepcopy(bundle.denoiser).to(device)  # a copy keeps the hooks
         heard = _listen(denoiser)
-        sampler, labels, total = DDIM(self.steps), self._labels(bundle.num_classes), 0.0
+        bounded = kind(bundle.manifest["shared"]["data"]).bounded
+        sampler = DDIM(self.steps, clip=bounded)
+        labels, total = self._labels(bundle.num_classes), 0.0
         t = sampler.calls(denoiser.process)
         batches = torch.arange(self.samples).split(self.batch_size)
         for index in tqdm(batches, desc=type(self).__name__, disable=None, leave=False):
@@ -98,7 +101,7 @@ class AttentionConcentration(IntervalMethod):
             for state in sampler.trajectory(denoiser, noise, y):
                 if state.k and not heard:
                     raise ValueError(
-                        f"the network of {bundle.folder} has no attention to look at: "
+                        f"the network of {bundle.folder} has no attention that can be read: "
                         "take another method, as LogSNR"
                     )
             keys, parts = zip(*heard)
