@@ -705,5 +705,5 @@ def test_too_few_steps_for_one_choice_are_refused_before_any_is_trained(tmp_path
     edges = {UniformLength(): [0, 0.5, 1], LogSNR(): [0, 0.01, 1]}
     found = [Selection(method, Partition(cut)) for method, cut in edges.items()]
     ours = SimpleNamespace(train=20, config=TINY[1::2])
-    with pytest.raises(ValueError, match=r"study.iterations = 20 .* leaves \[0, 20\] steps"):
+    with pytest.raises(ValueError, match=r"20 study.iterations .* leave \[0, 20\] steps"):
         config_verbs.compare_choices(found, [], ours, tmp_path)

@@ -530,7 +530,7 @@ def test_samples_are_decoded(bundle, weights, tmp_path):
     assert (tmp_path / "samples.png").is_file()
     noise = SampleNoise(0, range(6), (4, 8, 8), "cpu")
     x0 = DDIM(3, clip=False)(Bundle.load(bundle).denoiser, noise, labels)
-    expected = ((DiffusersKL(weights / "kl").decode(x0) + 1) * 127.5).byte()
+    expected = ((DiffusersKL(weights / "kl").decode(x0) + 1) * 127.5 + 0.5).clamp(0, 255).byte()
     assert torch.equal(images, expected)
 
 

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import TINY
+from conftest import ROOT, TINY
 from PIL import Image
 
 from expertdiff import checkpoints
@@ -155,6 +155,18 @@ def test_experts_start_from_what_they_share(tmp_path):
     spent = cost(study, study.results["stitched"])
     assert (spent.total, spent.longest, spent.ntc, spent.nwct) == (16, 14, 100, 87.5)
     assert "at equal total iterations" in verdict(study)
+
+
+def test_a_shared_start_that_would_be_none_is_refused(tmp_path, capsys):
+    options = [*TINY, f"--study.root={tmp_path}", "--study.shared=6"]
+    assert main(["fit", *options]) == 2
+    assert "is not trained" in capsys.readouterr().err
+    assert main(["launch", *options, "--ema.decay=0.99", "--ema.warmup=false"]) == 2
+    assert "still 94 % random" in capsys.readouterr().err
+    assert not (tmp_path / "tiny").exists()
+    toy = ["--config", str(ROOT / "configs/toys/dualdiff.yaml"), f"--study.root={tmp_path}"]
+    assert main(["launch", *toy, "--study.shared=6"]) == 2
+    assert "set it to 0" in capsys.readouterr().err
 
 
 def test_weights_of_another_network_are_no_start(study, tmp_path, capsys):

@@ -126,13 +126,12 @@ class Mixer:
         e.judge.to(self.device)
         reference = e.judge.reference(self.data.reference, self.data.real("reference"), self.device)
         denoisers = self._denoisers(mixes)
-        own = {path: denoiser.partition for path, denoiser in denoisers.items()}
         scores: dict[str, Scores] = {key: {} for key in mixes}
         for seed in e.seeds:
             features: dict[str, list[Tensor]] = {key: [] for key in mixes}
             batches = torch.arange(e.samples).split(e.batch_size)
             for index in tqdm(batches, desc=f"{len(mixes)} models, seed {seed}", leave=False):
-                walk = Walk(self, denoisers, own, seed, index.tolist())
+                walk = Walk(self, denoisers, seed, index.tolist())
                 for key, samples in walk.samples(mixes):
                     features[key].append(e.judge(samples))
             for key, parts in features.items():
@@ -153,20 +152,15 @@ class Walk:
     Args:
         mixer: whose protocol is followed.
         denoisers: of each expert.
-        own: the partitions inside these.
         seed: of the samples.
         index: of the samples.
     """
 
     def __init__(
-        self,
-        mixer: Mixer,
-        denoisers: dict[Path, Denoiser],
-        own: dict[Path, Partition],
-        seed: int,
-        index: list[int],
+        self, mixer: Mixer, denoisers: dict[Path, Denoiser], seed: int, index: list[int]
     ) -> None:
-        self.mixer, self.denoisers, self.own = mixer, denoisers, own
+        self.mixer, self.denoisers = mixer, denoisers
+        self.own = {path: denoiser.partition for path, denoiser in denoisers.items()}
         identity = next(iter(mixer._experts.values())).identity
         self.kind = kind(identity["data"])
         self.noise = SampleNoise(seed, index, identity["data"]["shape"], mixer.device)
@@ -175,7 +169,11 @@ class Walk:
 
     def samples(self, mixes: dict[str, Mix]) -> list[tuple[str, Tensor]]:
         """The finished samples of every model."""
-        return self._below(len(self.mixer.partition) - 1, mixes, None, None)
+        try:
+            return self._below(len(self.mixer.partition) - 1, mixes, None, None)
+        finally:
+            for path, denoiser in self.denoisers.items():
+                denoiser.partition = self.own[path]
 
     def _below(
         self, level: int, mixes: dict[str, Mix], start: State | None, above: Path | None

@@ -24,18 +24,19 @@ def check_images(images: Tensor) -> None:
         )
 
 
-def to_uint8(x: Tensor) -> Tensor:
+def to_uint8(x: Tensor, rounded: bool = False) -> Tensor:
     """Images in [-1, 1], any shape, as uint8: (x + 1) 127.5, clamped, fraction cut off.
 
     The rule of ADM's sampler (Dhariwal and Nichol 2021). It is not the exact inverse of
     k / 127.5 - 1, which float32 may put just below k: take real images from their own bytes.
+    `rounded` is the rule of DiT's, which decodes latents: to the nearest integer.
 
     Raises:
         ValueError: a value is not finite.
     """
     if not x.isfinite().all():
         raise ValueError("images hold NaN or infinity: the sampler or its network diverged")
-    return ((x.float() + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    return ((x.float() + 1) * 127.5 + 0.5 * rounded).clamp(0, 255).to(torch.uint8)
 
 
 def save_grid(images: Tensor, path: Path, columns: int) -> None:

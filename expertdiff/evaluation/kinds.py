@@ -90,9 +90,7 @@ class LatentKind(ImageKind):
             )
 
     def finished(self, x: Tensor) -> Tensor:
-        images = self.autoencoder.decode(x)
-        # Rounded, as DiT's published samples are; ADM's rule for pixels truncates.
-        return to_uint8(images + 1 / 255)
+        return to_uint8(self.autoencoder.decode(x), rounded=True)
 
 
 @lru_cache(maxsize=1)
