@@ -72,7 +72,7 @@ class ImageFolder(Images):
 
     @cached_property
     def class_names(self) -> tuple[str, ...] | None:
-        names = sorted({name for _, name in self._pictures["train"]})
+        names = sorted({name for _, name in self.pictures["train"]})
         return None if names == [""] else tuple(names)
 
     @property
@@ -80,9 +80,9 @@ class ImageFolder(Images):
         return self.class_names and len(self.class_names)
 
     def read(self, name: Split) -> tuple[Tensor, Tensor]:
-        found = self._pictures[name]
+        found = self.pictures[name]
         pictures = [found[i] for i in permutation(len(found), "folder")]
-        labels = torch.tensor([self._label(picture) for picture in pictures])
+        labels = torch.tensor([self.label_of(picture) for picture in pictures])
         need = len(pictures) * np.prod(self.shape)
         if need > available_memory():
             raise ValueError(
@@ -99,7 +99,8 @@ class ImageFolder(Images):
         thread_map(fill, range(len(images)), desc=f"decoding {name}", unit=" images", disable=quiet)
         return torch.from_numpy(images), labels
 
-    def _label(self, picture: Picture) -> int:
+    def label_of(self, picture: Picture) -> int:
+        """The label of a picture; raises a ValueError where its class is not known."""
         path, name = picture
         if self.class_names is None and not name:
             return 0
@@ -108,7 +109,7 @@ class ImageFolder(Images):
         return self.class_names.index(name)
 
     @cached_property
-    def _pictures(self) -> dict[Split, list[Picture]]:
+    def pictures(self) -> dict[Split, list[Picture]]:
         """The pictures of each split."""
         if (self.root / "train").is_dir():
             val = self.root / "val"

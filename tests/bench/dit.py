@@ -9,14 +9,14 @@ parameter. A ratio is of neighbouring steps; it depends on the bf16 of the proce
 import argparse
 import statistics
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from ours import fit_step
 from torch import Tensor
 from train_step import DECAY, seconds
 
-from expertdiff.callbacks.ema import EMA
 from expertdiff.data.base import Batch
 from expertdiff.diffusion.denoiser import Eps
 from expertdiff.diffusion.partition import Partition
@@ -56,25 +56,8 @@ def our_step(latents: Tensor, labels: Tensor, compiled: bool) -> Callable[[], No
         weighting=Simple(),
         partition=Partition([0, 1]),
     ).to(latents.device)
-    module._trainer = trainer = SimpleNamespace(
-        global_step=0, global_rank=0, accumulate_grad_batches=1
-    )
-    # Of the module: it does not train the network that it is given, but one like it.
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, weight_decay=0, fused=True)
-    ema = EMA(DECAY)
-    ema.on_fit_start(trainer, module)
-    batch = Batch(latents, labels, labels)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(latents.device.type, torch.bfloat16):
-            loss = module.training_step(batch, trainer.global_step)["loss"]
-        loss.backward()
-        optimizer.step()
-        trainer.global_step += 1
-        ema.on_train_batch_end(trainer, module)
-
-    return step
+    make = partial(torch.optim.AdamW, lr=1e-4, weight_decay=0, fused=True)
+    return fit_step(module, make, Batch(latents, labels, labels))
 
 
 def main() -> None:

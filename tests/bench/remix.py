@@ -10,13 +10,14 @@ mixing drowns in page faults, unless ``MALLOC_TRIM_THRESHOLD_=8589934592`` and
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import torch
+from ours import fit_step
 from torch import Tensor
 from train_step import seconds
 
-from expertdiff.callbacks.ema import EMA
 from expertdiff.data.base import Batch
 from expertdiff.diffusion.denoiser import Eps, NetworkDenoiser
 from expertdiff.diffusion.partition import Partition
@@ -42,27 +43,10 @@ def training(cls: type[Method], network: torch.nn.Module, batch: Batch) -> Calla
         timesteps=Uniform(),
         weighting=Simple(),
         partition=Partition([0, 1]),
-        optimizer=lambda groups: torch.optim.AdamW(groups, lr=2e-5, weight_decay=0, fused=True),
     ).to(batch.x0.device)
+    make = partial(torch.optim.AdamW, lr=2e-5, weight_decay=0, fused=True)
     data = SimpleNamespace(batch_size=len(batch.x0), split=lambda name: (batch.x0, batch.y))
-    module._trainer = trainer = SimpleNamespace(
-        global_step=0, global_rank=0, world_size=1, accumulate_grad_batches=1, max_steps=10**5,
-        datamodule=data,
-    )  # fmt: skip
-    optimizer = module.configure_optimizers()
-    ema = EMA()
-    ema.on_fit_start(trainer, module)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(batch.x0.device.type, torch.bfloat16):
-            loss = module.training_step(batch, trainer.global_step)["loss"]
-        loss.backward()
-        optimizer.step()
-        trainer.global_step += 1
-        ema.on_train_batch_end(trainer, module)
-
-    return step
+    return fit_step(module, make, batch, world_size=1, max_steps=10**5, datamodule=data)
 
 
 def mixing(network: RemixDiT, by_hand: bool, backward: bool) -> Callable[[], None]:

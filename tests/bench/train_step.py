@@ -10,14 +10,14 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from ours import fit_step
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from expertdiff.callbacks.ema import EMA
 from expertdiff.data.base import Batch
 from expertdiff.diffusion.denoiser import Eps
 from expertdiff.diffusion.partition import Partition
@@ -77,25 +77,9 @@ def our_step(net: nn.Module, images: Tensor) -> Callable[[], None]:
         weighting=Simple(),
         partition=Partition([0, 0.1, 0.8, 1]),
     ).to(images.device)
-    module._trainer = trainer = SimpleNamespace(
-        global_step=0, global_rank=0, accumulate_grad_batches=1
-    )
-    optimizer = torch.optim.AdamW(module.network.parameters(), lr=1e-4, fused=True)
-    ema = EMA(DECAY)
-    ema.on_fit_start(trainer, module)
     index = torch.arange(len(images), device=images.device)
-    batch = Batch(images, index, index)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(images.device.type, torch.bfloat16):
-            loss = module.training_step(batch, trainer.global_step)["loss"]
-        loss.backward()
-        optimizer.step()
-        trainer.global_step += 1
-        ema.on_train_batch_end(trainer, module)
-
-    return step
+    make = partial(torch.optim.AdamW, lr=1e-4, fused=True)
+    return fit_step(module, make, Batch(images, index, index))
 
 
 def seconds(step: Callable[[], None], device: str) -> tuple[float, float]:

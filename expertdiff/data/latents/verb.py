@@ -116,9 +116,9 @@ class Pictures:
                 sha256(items.numpy()),
                 lambda i: to_pil_image(items[i]).convert("RGB"),
             )
-        found = data._pictures[name]
+        found = data.pictures[name]
         ordered = [found[i] for i in permutation(len(found), "folder")]
-        labels = np.array([data._label(picture) for picture in ordered], np.int64)
+        labels = np.array([data.label_of(picture) for picture in ordered], np.int64)
         names = "\n".join(path.relative_to(data.root).as_posix() for path, _ in ordered)
         digest = hashlib.sha256(names.encode()).hexdigest()
         return cls(labels, digest, lambda i: upright(ordered[i][0], 3))
