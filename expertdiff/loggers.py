@@ -187,10 +187,19 @@ def _has_account() -> bool:
 
 
 class TensorBoard(TensorBoardLogger, StudyLogger):
-    """TensorBoard's event files in ``<run>/tensorboard``; every start of a run adds one."""
+    """TensorBoard's event files in ``<run>/tensorboard``; every start of a run adds one.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
 
     def __init__(self) -> None:
-        super().__init__(".", name="", version="tensorboard", default_hp_metric=False)
+        try:
+            super().__init__(".", name="", version="tensorboard", default_hp_metric=False)
+        except ModuleNotFoundError:
+            raise ValueError(
+                "TensorBoard is not installed: pip install tensorboard, or choose the logger CSV"
+            ) from None
 
     def attach(self, folder: Path, study: str, job: str) -> None:
         self._root_dir = str(folder)

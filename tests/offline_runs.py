@@ -60,7 +60,13 @@ def _read(folder: Path) -> OfflineRun:
 
 
 def _add_history(run: OfflineRun, items: Any) -> None:
-    row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+    row: dict[str, Any] = {}
+    for item in items:
+        *outer, key = item.nested_key or [item.key]
+        inner = row
+        for name in outer:  # a picture or a table is written as the items of a dictionary
+            inner = inner.setdefault(name, {})
+        inner[key] = json.loads(item.value_json)
     step = row.pop("trainer/global_step", None)
     for key, value in row.items():
         if not key.startswith("_"):  # W&B's own step and clocks

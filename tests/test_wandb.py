@@ -14,7 +14,6 @@ import pytest
 from offline_runs import offline_runs
 
 import expertdiff.loggers
-from expertdiff.cli import main
 from expertdiff.loggers import WandB, read_metrics
 from expertdiff.report.dashboard import dashboard
 
@@ -61,7 +60,10 @@ def test_a_requeued_job_is_one_run_whose_steps_go_on(fit, tmp_path):
         assert sections == {"train", "val", "pictures", "seconds", "steps_per_second"}
         ((at, picture),) = run.history["pictures/denoising"]
         assert at == steps[-1] and picture["_type"] == "images/separated"
-        assert list((run.folder / "files" / "media" / "images" / "pictures").glob("*.png"))
+        (name,) = picture["filenames"]
+        assert (run.folder / "files" / name).read_bytes() == (
+            job / "grids" / f"step-{at:08d}.png"
+        ).read_bytes()
     # The same numbers as in the file beside the run.
     lines = read_metrics(job / "metrics.jsonl")
     for key in ("train/mse/1", "val/mse/1", "steps_per_second"):
@@ -87,7 +89,7 @@ def test_a_key_without_a_network_goes_offline_and_stays_secret(fit, tmp_path, mo
     (run,) = offline_runs(job)
     assert [step for step, _ in run.history["train/loss"]] == [2]
     files = [path for path in (tmp_path / "tiny").rglob("*") if path.is_file()]
-    assert run.folder / "files" / "wandb-metadata.json" in files
+    assert run.folder / "logs" / "debug-internal.log" in files
     assert [path for path in files if key.encode() in path.read_bytes()] == []
 
 
