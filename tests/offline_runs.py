@@ -37,6 +37,9 @@ class OfflineRun:
 
 def offline_runs(folder: Path) -> list[OfflineRun]:
     """The offline runs in ``<folder>/wandb``, in the order of their starts."""
+    import wandb
+
+    wandb.teardown()  # only now the service has written its files to their end
     return [_read(path) for path in sorted(folder.glob("wandb/offline-run-*"))]
 
 
