@@ -18,6 +18,7 @@ from expertdiff.evaluation.judge import Judge
 from expertdiff.files import read_json, sha256_of, write_json, write_text
 from expertdiff.jobs import Job, run, train
 from expertdiff.report import write_report
+from expertdiff.report.dashboard import dashboard
 from expertdiff.report.study import BASELINE, SHARED
 from expertdiff.rounds import Rounds
 from expertdiff.study import Study
@@ -103,6 +104,7 @@ def launch(
         (job.folder / "metrics.json").unlink(missing_ok=True)
     run(untested, at_once)
     report = write_report(study.folder)
+    dashboard(study.folder, config["trainer"]["logger"])
     print(f"report: {report}")
     return report
 

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from expertdiff.bundle import Bundle
@@ -22,7 +21,7 @@ from expertdiff.diffusion.samplers import SampleNoise, Sampler
 from expertdiff.evaluation.judge import Judge, Reference
 from expertdiff.evaluation.kinds import Kind, kind
 from expertdiff.files import sha256_of, write_json
-from expertdiff.loggers import JsonLines
+from expertdiff.loggers import JsonLines, log_picture
 from expertdiff.methods.base import device_name
 from expertdiff.seeds import generator
 
@@ -193,9 +192,7 @@ class Stitched(LightningModule):
         }
         write_json(self.output / "metrics.json", result)
         self.kind.picture(torch.cat(self._first)[: self.kind.shown], self.output / "grid.png")
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [str(self.output / "grid.png")])
+        log_picture(self.trainer.loggers, "samples", self.output / "grid.png")
         error = f" ± {std:.3f}" if std is not None else ""
         print(
             f"{metric} {mean:.3f}{error} over sampling seeds {list(e.seeds)} "
