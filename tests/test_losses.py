@@ -8,7 +8,6 @@ import torch
 from expertdiff.analysis.losses import best_at_home, expert_losses, losses_figure
 from expertdiff.data.base import Batch
 from expertdiff.diffusion.denoiser import Eps, NetworkDenoiser
-from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import DiscreteVP, LinearBetas
 from expertdiff.diffusion.timesteps import Uniform
 from expertdiff.diffusion.weighting import Simple

@@ -35,10 +35,10 @@ def compare(
 ) -> None:
     """Tell what each study's models cost: distance against training cost, and their milestones.
 
-    The first study's baseline is what all are compared with; others may have a single model of the
-    whole chain, as Remix. Experts are taken as they stand when
-    all train at once, each on its own device, and stop at their budgets. Needs studies launched
-    with ``--checkpoint.keep null``.
+    The first study's baseline is what all are compared with; others may have one model of the whole
+    chain instead of experts, as Remix. Experts are taken as they stand when all train at once, each
+    on its own device, and stop at their budgets. Needs studies launched with
+    ``--checkpoint.keep null``.
 
     Args:
         studies: their folders; all are judged as the first.
