@@ -84,7 +84,7 @@ def losses_figure(record: dict[str, Any]) -> Figure:
     most = max(np.quantile(abs(log), 0.8), 1e-3)
     n = len(mse)
     with style():
-        size = (1.5 + 0.46 * max(n, 6), 1 + 0.25 * max(n, 4))
+        size = (1.5 + 0.46 * max(n, 6), 1 + 0.25 * max(n, 6))
         figure = Figure(figsize=size, dpi=100, layout="constrained")
         axes = figure.subplots()
         axes.imshow(log, vmin=-most, vmax=most, cmap="RdBu_r", aspect="auto", interpolation="none")
@@ -92,7 +92,7 @@ def losses_figure(record: dict[str, Any]) -> Figure:
             colour = "white" if abs(log[i, j]) > 0.7 * most else "black"
             text = "own" if i == j else f"{value:+.{0 if abs(value) >= 10 else 1}f}"
             axes.text(j, i, text, ha="center", va="center", fontsize=7, color=colour)
-        axes.set(xticks=range(n), yticks=range(n), ylabel="asked expert (0 = cleanest)")
+        axes.set(xticks=range(n), yticks=range(n), ylabel="expert (0 = cleanest)")
         axes.set(xticklabels=record["experts"], yticklabels=record["experts"])
         axes.set(xlabel="interval of expert", title="loss over the owner's, per cent")
         figure.draw_without_rendering()  # only now ticks are made and take their look
