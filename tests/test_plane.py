@@ -53,7 +53,7 @@ def test_every_method_is_trained_tested_and_told(runs):
     assert "One model, nothing to compare it with" in page and "not finished" not in page
     assert not (runs / "mdm/tests/baseline/losses.json").exists()
     losses = read_json(runs / "mdm/tests/stitched/losses.json")
-    assert losses["intervals"] == [[0, 0.1], [0.1, 0.8], [0.8, 1]]
+    assert losses["intervals"] == [[0, 0.3], [0.3, 0.6], [0.6, 1]]
     assert "Loss by expert" in (runs / "mdm/report.html").read_text()
     assert len(Bundle.load(runs / "mdm/bundles/stitched").manifest["experts"]) == 3
 
