@@ -34,6 +34,7 @@ from expertdiff.analysis.intervals import IntervalMethod
 from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted
 from expertdiff.callbacks.ema import EMA
 from expertdiff.callbacks.gates import GateMap
+from expertdiff.callbacks.losses import LossByExpert
 from expertdiff.callbacks.mixing import MixingMap
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
@@ -102,7 +103,13 @@ class ExpertCLI(LightningCLI):
                 "val_check_interval": 1000,
                 "log_every_n_steps": 50,
                 "logger": [{"class_path": "JsonLines"}, {"class_path": "WandB"}],
-                "callbacks": [LossByInterval(), DenoisingGrid(), GateMap(), MixingMap()],
+                "callbacks": [
+                    LossByInterval(),
+                    DenoisingGrid(),
+                    GateMap(),
+                    MixingMap(),
+                    LossByExpert(),
+                ],
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

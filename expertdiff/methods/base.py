@@ -251,11 +251,10 @@ class Method(LightningModule, ABC):
         """
         batch = Batch(*(part.repeat(len(self.seeds), *[1] * (part.ndim - 1)) for part in batch))
         eps = SampleNoise(0, batch.index.tolist(), batch.x0.shape[1:], self.device)(0)
-        u = ((batch.index + 0.5) * GOLDEN).double() % 1
         result = {}
         for i, interval in enumerate(self.partition.intervals()):
             if self.interval.contains(interval):
-                t = self.process.times(u, interval)
+                t = validation_t(self.process, batch.index, interval)
                 result[i] = tuple(self._losses(batch, t, eps)[0])
         return result
 
@@ -312,6 +311,11 @@ class Method(LightningModule, ABC):
             "stacked": isinstance(self.denoiser, StackedDenoiser),
             "init_from": self.init_from and self.init_from.sha256,
         }
+
+
+def validation_t(process: NoiseProcess, index: Tensor, interval: Interval) -> Tensor:
+    """The t [B] of the validation items `index` in an interval, the same for every model."""
+    return process.times(((index + 0.5) * GOLDEN).double() % 1, interval)
 
 
 def _initialised(network: Network, seed: int, job: str) -> Network:
