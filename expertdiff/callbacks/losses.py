@@ -1,10 +1,10 @@
 """Experts at home and away, when their model is tested."""
 
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.loggers import WandbLogger
 
 from expertdiff.analysis.losses import expert_losses, losses_figure
 from expertdiff.files import replacing, write_json
+from expertdiff.loggers import log_picture
 from expertdiff.methods.stitched import Stitched
 
 
@@ -29,6 +29,4 @@ class LossByExpert(Callback):
         path = pl_module.output / "losses.png"
         with replacing(path) as temporary:
             losses_figure(record).savefig(temporary, format="png")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("losses", [str(path)])
+        log_picture(trainer.loggers, "losses", path)
