@@ -98,7 +98,8 @@ class Method(LightningModule, ABC):
             self.denoiser = NetworkDenoiser(*networks, process, prediction)
         else:
             self.denoiser = StackedDenoiser(networks, process, prediction)
-        self.timesteps.prepare(process, self.interval)
+        own = self.denoiser.partition
+        self.timesteps.prepare(process, self.interval, own if len(own) > 1 else partition)
 
     @property
     def network(self) -> Network:
