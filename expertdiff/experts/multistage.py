@@ -11,9 +11,6 @@ from expertdiff.experts.routed import by_owner, owner_of
 from expertdiff.networks.network import EncoderDecoder, Network
 from expertdiff.networks.unet import ADMUNet
 
-PUBLISHED = Partition((0, 0.442, 0.631, 1))
-"""Where the paper's optimal denoiser cuts the VP chain on CIFAR-10."""
-
 
 class MultiStage(Network):
     """``dec_i(enc(x_t, t))``, where i owns t: one encoder, and one decoder an interval.
@@ -71,17 +68,10 @@ class MultiStage(Network):
 
 
 class MultiStageUNet(MultiStage):
-    """A `MultiStage` ADM UNet: time, class and the way down shared; middle and way up a decoder's.
-
-    The defaults are the paper's for CIFAR-10 (section 5, there on other UNets).
-    """
+    """A `MultiStage` ADM UNet: time, class and the way down shared; a decoder has a middle, too."""
 
     def __init__(
-        self,
-        network: ADMUNet,
-        widths: Sequence[int] = (192, 128, 16),
-        partition: Partition = PUBLISHED,
-        T: int = 1000,
+        self, network: ADMUNet, widths: Sequence[int], partition: Partition, T: int = 1000
     ) -> None:
         super().__init__(network, widths, partition, T)
 
