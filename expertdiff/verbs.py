@@ -101,8 +101,8 @@ def sample(
 def export(bundle: Path, output: Path) -> None:
     """Write the experts of a bundle as plain networks, as the projects they come from keep them.
 
-    Mixed experts and those of one encoder become networks of their own. The files hold tensors by the keys of ADM and DiT
-    and nothing else; `--model.init_from` takes them, too.
+    Mixed experts, and decoders of one encoder, become networks of their own. The files hold tensors
+    by the keys of ADM and DiT and nothing else; `--model.init_from` takes them, too.
 
     Args:
         bundle: the bundle's folder.

@@ -40,7 +40,11 @@ def active(denoiser: Denoiser, shape: Sequence[int]) -> list[Active]:
         denoiser: a model.
         shape: of one item of its data.
     """
-    denoiser = copy.deepcopy(denoiser).to("meta").requires_grad_()
+    # A copy of which the weights are no copies, and take no memory.
+    bare = {
+        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in denoiser.parameters()
+    }
+    denoiser = copy.deepcopy(denoiser, bare).to("meta")
     classes = next(m.num_classes for m in denoiser.modules() if isinstance(m, Network))
     y = None if classes is None else torch.zeros(1, dtype=torch.int64, device="meta")
     parameters, found = list(denoiser.parameters()), []
