@@ -41,9 +41,8 @@ def active(denoiser: Denoiser, shape: Sequence[int]) -> list[Active]:
         shape: of one item of its data.
     """
     # A copy of which the weights are no copies, and take no memory.
-    bare = {
-        id(p): torch.nn.Parameter(torch.empty_like(p, device="meta")) for p in denoiser.parameters()
-    }
+    parameters = {id(p): torch.empty_like(p, device="meta") for p in denoiser.parameters()}
+    bare = {key: torch.nn.Parameter(empty) for key, empty in parameters.items()}
     denoiser = copy.deepcopy(denoiser, bare).to("meta")
     classes = next(m.num_classes for m in denoiser.modules() if isinstance(m, Network))
     y = None if classes is None else torch.zeros(1, dtype=torch.int64, device="meta")
