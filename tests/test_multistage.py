@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from expertdiff.bundle import Bundle, Expert
 from expertdiff.cli import main
+from expertdiff.data.base import Batch
 from expertdiff.describe import build, describe
 from expertdiff.diffusion.denoiser import Eps, NetworkDenoiser
 from expertdiff.diffusion.partition import Interval, Partition
@@ -19,6 +21,7 @@ from expertdiff.diffusion.timesteps import Staged, Uniform
 from expertdiff.diffusion.weighting import Simple
 from expertdiff.experts.multistage import MultiStage, MultiStageUNet
 from expertdiff.experts.size import active, stored
+from expertdiff.methods.mdm import MDM
 from expertdiff.methods.single import Diffusion
 from expertdiff.networks.mlp import MLPDenoiser
 from expertdiff.networks.network import Network
@@ -244,6 +247,22 @@ def test_inside_an_expert_only_its_part_of_a_stage_is_drawn():
 def test_probabilities_that_cannot_be_had(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_decoder_by_decoder_each_job_has_its_own(monkeypatch):
+    trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
+    monkeypatch.setattr(MDM, "global_rank", 0)
+    monkeypatch.setattr(MDM, "trainer", trainer)
+    batch = Batch(torch.randn(8, 2), torch.zeros(8).long(), torch.arange(8))
+    module = MDM(
+        expert=1, network=MultiStage(mlp(), [24, 16, 8], EDGES), process=CHAIN, prediction=Eps(),
+        timesteps=Staged(), weighting=Simple(), partition=EDGES,
+    )  # fmt: skip
+    step = module.training_step(batch, 0)
+    step["loss"].backward()
+    assert set(step["t"].tolist()) <= set(EDGES.interval(1).steps(1000))
+    moved = [any(p.grad is not None for p in d.parameters()) for d in module.network.decoders]
+    assert moved == [False, True, False]
 
 
 # Through the front door ---------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.diffusion.timesteps import TimestepSampler
 from expertdiff.diffusion.weighting import LossWeighting
+from expertdiff.experts.multistage import MultiStage
 from expertdiff.experts.size import active, stored
 from expertdiff.experts.stacked import StackedDenoiser
 from expertdiff.networks.network import Network
@@ -175,8 +176,8 @@ class Method(LightningModule, ABC):
             )
 
     def _tell_sizes(self) -> None:
-        """Says what acts where; of networks that route only."""
-        if len(self.denoiser.partition) > 1 and self.trainer.is_global_zero:
+        """Says what acts where, of networks whose parts differ."""
+        if isinstance(self.network, MultiStage) and self.trainer.is_global_zero:
             print(f"parameters: {stored(self.denoiser):,} stored")
             for each in active(self.denoiser, self.trainer.datamodule.shape):
                 print(
