@@ -20,6 +20,7 @@ import expertdiff.diffusion.guidance
 import expertdiff.evaluation.cloud
 import expertdiff.evaluation.inception
 import expertdiff.experts.gated
+import expertdiff.experts.multistage
 import expertdiff.experts.remixed
 import expertdiff.methods.dualdiff
 import expertdiff.methods.mdm

@@ -17,6 +17,7 @@ from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.samplers import Sampler
 from expertdiff.evaluation.kinds import kind
 from expertdiff.evaluation.likelihood import bits_per_dimension, log_likelihood
+from expertdiff.experts.multistage import MultiStage
 from expertdiff.experts.remixed import Remixed
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.files import replacing, write_json
@@ -100,8 +101,8 @@ def sample(
 def export(bundle: Path, output: Path) -> None:
     """Write the experts of a bundle as plain networks, as the projects they come from keep them.
 
-    Mixed experts become networks of their own. The files hold tensors by the keys of ADM and DiT
-    and nothing else; `--model.init_from` takes them, too.
+    Mixed experts, and decoders of one encoder, become networks of their own. The files hold tensors
+    by the keys of ADM and DiT and nothing else; `--model.init_from` takes them, too.
 
     Args:
         bundle: the bundle's folder.
@@ -127,7 +128,7 @@ def _plain(model: Denoiser) -> Iterator[tuple[Interval, dict[str, Tensor]]]:
     intervals = model.partition.intervals() if routed else [Interval()]
     for interval, part in zip(intervals, model.experts if routed else [model]):
         network = part.network
-        if not isinstance(network, Remixed):
+        if not isinstance(network, (Remixed, MultiStage)):
             yield interval, network.state_dict()
             continue
         for i, own in enumerate(network.partition.intervals()):

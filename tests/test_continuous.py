@@ -254,7 +254,7 @@ class TestSoftTruncation:
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="continuous time, not DiscreteVP"):
-            SoftTruncation().prepare(CHAIN, Interval())
+            SoftTruncation().prepare(CHAIN, Interval(), Partition([0, 1]))
         with pytest.raises(ValueError, match="k 0 must"):
             SoftTruncation(0)
 
@@ -264,7 +264,7 @@ class TestLossSecondMoment:
 
     def sampler(self, **options):
         sampler = LossSecondMoment(**options)
-        sampler.prepare(CHAIN, self.INTERVAL)
+        sampler.prepare(CHAIN, self.INTERVAL, Partition([0, 1]))
         return sampler
 
     def draw(self, sampler, n=20_000):
@@ -316,7 +316,7 @@ class TestLossSecondMoment:
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="needs a process with timesteps, not VPSDE"):
-            LossSecondMoment().prepare(VPSDE(), Interval())
+            LossSecondMoment().prepare(VPSDE(), Interval(), Partition([0, 1]))
         with pytest.raises(ValueError, match="history 0"):
             LossSecondMoment(0)
 

@@ -2,12 +2,14 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from expertdiff.describe import Described
-from expertdiff.diffusion.partition import Interval
+from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import ContinuousProcess, DiscreteVP, NoiseProcess
 
 
@@ -21,8 +23,8 @@ class TimestepSampler(Described, nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
 
-    def prepare(self, process: NoiseProcess, interval: Interval) -> None:
-        """Called once before training.
+    def prepare(self, process: NoiseProcess, interval: Interval, stages: Partition) -> None:
+        """Called once before training; the stages are those of the network.
 
         Raises:
             ValueError: this process or interval cannot be sampled so.
@@ -97,6 +99,78 @@ class CleanBiased(TimestepSampler):
         return process.times(u, interval), torch.ones(n, device=generator.device)
 
 
+class Staged(TimestepSampler):
+    """Each batch has t of every stage, in fixed shares, as decoders in parallel processes need.
+
+    Of n draws each stage gets n p rounded up or down, by chance such that n p is the mean; inside
+    a stage every t alike. Which draws these are is random, too. Weights are 1: the shares are
+    meant to change the objective. The stages are the intervals of the network's partition, or of
+    the model's where the network has none; inside an expert, what lies in its interval of each.
+
+    Args:
+        stage_probs: ``uniform``, ``proportional`` to length, or the probability of each stage.
+
+    Raises:
+        ValueError: probabilities that are not positive or do not sum to 1; on preparation, not one
+            a stage; on a draw, too few for each stage to have one.
+    """
+
+    ends: Tensor
+
+    def __init__(
+        self, stage_probs: Literal["uniform", "proportional"] | Sequence[float] = "uniform"
+    ) -> None:
+        super().__init__()
+        self.stage_probs = stage_probs
+        if not isinstance(stage_probs, str) and not (
+            stage_probs and min(stage_probs) > 0 and math.isclose(sum(stage_probs), 1)
+        ):
+            raise ValueError(
+                f"stage_probs {list(stage_probs)} must be positive and sum to 1: a stage that is "
+                "never drawn would never be trained"
+            )
+
+    def prepare(self, process: NoiseProcess, interval: Interval, stages: Partition) -> None:
+        lengths = [stage.hi - stage.lo for stage in stages.intervals()]
+        named = {"uniform": [1 / len(stages)] * len(stages), "proportional": lengths}
+        probs = named[self.stage_probs] if isinstance(self.stage_probs, str) else self.stage_probs
+        if len(probs) != len(stages):
+            raise ValueError(
+                f"stage_probs {list(probs)} are of {len(probs)} stages, but {stages} has "
+                f"{len(stages)}: give one a stage"
+            )
+        self.parts, shares = [], []
+        for stage, length, p in zip(stages.intervals(), lengths, probs):
+            part = Interval(max(stage.lo, interval.lo), min(stage.hi, interval.hi))
+            if part.lo < part.hi:
+                self.parts.append(part)
+                shares.append(p * (part.hi - part.lo) / length)
+        self.shares = [share / sum(shares) for share in shares]
+        ends = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)[:-1]
+        self.register_buffer("ends", ends, persistent=False)
+
+    def sample(
+        self,
+        n: int,
+        interval: Interval,
+        generator: torch.Generator,
+        process: NoiseProcess,
+        shared: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        if n * min(self.shares) < 1 - 1e-9:
+            raise ValueError(
+                f"{n} draws leave none for a stage of probability {min(self.shares):g}: use "
+                f"batches of {math.ceil(1 / min(self.shares) - 1e-9)} or more"
+            )
+        device = generator.device
+        u, jitter = torch.rand(2, n, generator=generator, device=device, dtype=torch.float64)
+        order = torch.randperm(n, generator=generator, device=device)
+        # One offset for all: every stretch of length p holds n p of these points, rounded.
+        stage = torch.bucketize((order + jitter[0]) / n, self.ends, right=True)
+        t = torch.stack([process.times(u, part) for part in self.parts])
+        return t.gather(0, stage[None])[0], torch.ones(n, device=device)
+
+
 class LossSecondMoment(TimestepSampler):
     """t in proportion to the root of its mean squared loss (arXiv 2102.09672, section 3.3).
 
@@ -123,7 +197,7 @@ class LossSecondMoment(TimestepSampler):
             )
         self.history, self.uniform = history, uniform
 
-    def prepare(self, process: NoiseProcess, interval: Interval) -> None:
+    def prepare(self, process: NoiseProcess, interval: Interval, stages: Partition) -> None:
         if not isinstance(process, DiscreteVP):
             raise ValueError(
                 f"LossSecondMoment needs a process with timesteps, not {type(process).__name__}: "
@@ -194,7 +268,7 @@ class SoftTruncation(TimestepSampler):
             raise ValueError(f"k {k} must be positive")
         self.k = k
 
-    def prepare(self, process: NoiseProcess, interval: Interval) -> None:
+    def prepare(self, process: NoiseProcess, interval: Interval, stages: Partition) -> None:
         if not isinstance(process, ContinuousProcess):
             raise ValueError(
                 f"SoftTruncation needs a process in continuous time, not "

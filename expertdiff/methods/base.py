@@ -25,6 +25,8 @@ from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.diffusion.timesteps import TimestepSampler
 from expertdiff.diffusion.weighting import LossWeighting
+from expertdiff.experts.multistage import MultiStage
+from expertdiff.experts.size import active, stored
 from expertdiff.experts.stacked import StackedDenoiser
 from expertdiff.networks.network import Network
 from expertdiff.seeds import generator, reseed, seed_of
@@ -98,7 +100,8 @@ class Method(LightningModule, ABC):
             self.denoiser = NetworkDenoiser(*networks, process, prediction)
         else:
             self.denoiser = StackedDenoiser(networks, process, prediction)
-        self.timesteps.prepare(process, self.interval)
+        own = self.denoiser.partition
+        self.timesteps.prepare(process, self.interval, own if len(own) > 1 else partition)
 
     @property
     def network(self) -> Network:
@@ -126,6 +129,7 @@ class Method(LightningModule, ABC):
             if isinstance(self.denoiser, StackedDenoiser) and self.trainer.precision == "16-mixed":
                 raise ValueError("seeds cannot be trained side by side in 16-mixed: use bf16-mixed")
             self._warn_of_the_end()
+            self._tell_sizes()
         if self.trainer.strategy.root_device.type == "cuda":
             # What tensor cores want; on a CPU it gains nothing in training.
             self.network.to(memory_format=torch.channels_last)
@@ -170,6 +174,16 @@ class Method(LightningModule, ABC):
                 "that sampling starts from, an error no network can mend: use a schedule that "
                 "goes further, as QuadraticBetas with last 0.2"
             )
+
+    def _tell_sizes(self) -> None:
+        """Says what acts where, of networks whose parts differ."""
+        if isinstance(self.network, MultiStage) and self.trainer.is_global_zero:
+            print(f"parameters: {stored(self.denoiser):,} stored")
+            for each in active(self.denoiser, self.trainer.datamodule.shape):
+                print(
+                    f"{each.parameters:,} active in {each.interval}, "
+                    f"{each.flops / 1e6:,.1f} MFLOPs a prediction"
+                )
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())

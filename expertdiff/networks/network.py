@@ -48,3 +48,28 @@ class Network(Described, nn.Module, ABC):
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Begins to train where these weights stand; raises as `load`."""
         self.load(weights)
+
+
+class EncoderDecoder(Network):
+    """A network in two halves, of which `MultiStage` has the second several times.
+
+    Attributes:
+        decoder_width: how wide the second half is.
+    """
+
+    decoder_width: int
+
+    @abstractmethod
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the first half tells the second, each [B, ...]."""
+
+    @abstractmethod
+    def decode(self, *code: Tensor) -> Tensor:
+        """The raw output."""
+
+    @abstractmethod
+    def halves(self) -> tuple[list[str], list[str]]:
+        """The names of the modules that `encode` uses, and of those that `decode` uses."""
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.decode(*self.encode(x_t, t, y))
