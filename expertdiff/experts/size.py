@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from expertdiff.diffusion.denoiser import Denoiser
@@ -49,7 +50,8 @@ def active(denoiser: Denoiser, shape: Sequence[int]) -> list[Active]:
     parameters, found = list(denoiser.parameters()), []
     for interval in denoiser.partition.intervals():
         t = _within(denoiser.process, interval)
-        with FlopCounterMode(display=False) as counter:
+        # By products alone: not every torch counts its fused attention.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             prediction = denoiser(torch.zeros(1, *shape, device="meta"), t, y)
         used = torch.autograd.grad(prediction.eps.sum(), parameters, allow_unused=True)
         count = sum(p.numel() for p, gradient in zip(parameters, used) if gradient is not None)
