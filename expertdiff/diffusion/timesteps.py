@@ -100,7 +100,7 @@ class LowDiscrepancy(TimestepSampler):
     ) -> tuple[Tensor, Tensor]:
         device = generator.device
         u = torch.rand((), generator=step.shared, device=device, dtype=torch.float64)
-        i = step.part + step.parts * torch.arange(n, device=device)
+        i = step.part + step.parts * torch.arange(n, device=device, dtype=torch.float64)
         return process.times((u + i / (n * step.parts)) % 1, interval), torch.ones(n, device=device)
 
 
