@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 # The imports that look unused make the bare names of their classes known to the command line.
+import expertdiff.callbacks.momentum
 import expertdiff.data
 import expertdiff.diffusion.guidance
 import expertdiff.evaluation.cloud
@@ -26,6 +27,7 @@ import expertdiff.methods.dualdiff
 import expertdiff.methods.mdm
 import expertdiff.methods.remix
 import expertdiff.methods.single
+import expertdiff.methods.uncertainty
 import expertdiff.networks.ddpmpp
 import expertdiff.networks.dit
 import expertdiff.networks.mlp

@@ -350,3 +350,14 @@ def test_imports_point_one_way():
                 if room in WITHOUT_LIGHTNING:
                     assert parts[0] not in ("lightning", "wandb"), f"{path} imports {name}"
     assert seen == set(level)
+
+
+def test_nothing_bears_a_name_that_its_source_does_not_define():
+    """LDMSE, LPD and floor plans are names without a definition: docs/curricula.md says so."""
+    package = Path(expertdiff.__file__).parent
+    files_ = [*package.rglob("*.py"), *package.rglob("*.yaml"), *CONFIGS]
+    words = {word for path in files_ for word in re.findall(r"\w+", path.read_text().lower())}
+    parts = {part for word in words for part in word.split("_")}
+    assert "minsnr" in words
+    assert not {word for word in words if "ldmse" in word or "floor_plan" in word}
+    assert not {part for part in parts if part.startswith("lpd") or part == "floorplan"}

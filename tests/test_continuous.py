@@ -17,7 +17,7 @@ from expertdiff.diffusion.process import (
     expand,
 )
 from expertdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun, SampleNoise
-from expertdiff.diffusion.timesteps import LossSecondMoment, SoftTruncation, Uniform
+from expertdiff.diffusion.timesteps import LossSecondMoment, SoftTruncation, Step, Uniform
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.seeds import generator
 
@@ -205,7 +205,7 @@ class TestSoftTruncation:
 
     def draw(self, n, interval, step, k=1.0, process=None, rank=0):
         g, shared = generator("cpu", "t", step, rank), generator("cpu", "m", step)
-        return SoftTruncation(k).sample(n, interval, g, process or VPSDE(), shared)
+        return SoftTruncation(k).sample(n, interval, g, process or VPSDE(), Step(shared))
 
     def test_a_step_has_one_truncation_on_all_ranks(self):
         for step in range(20):

@@ -18,7 +18,7 @@ from expertdiff.describe import build, describe
 from expertdiff.diffusion.denoiser import Eps, NetworkDenoiser
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import VPSDE, DiscreteVP, LinearBetas
-from expertdiff.diffusion.timesteps import Staged, Uniform
+from expertdiff.diffusion.timesteps import Staged, Step, Uniform
 from expertdiff.diffusion.weighting import Simple
 from expertdiff.experts.multistage import MultiStage, MultiStageUNet
 from expertdiff.experts.size import active, stored
@@ -176,7 +176,7 @@ def staged(probs="uniform", interval=WHOLE, stages=EDGES) -> Staged:
 
 def draws(sampler, n, seed=0, interval=WHOLE):
     g = torch.Generator().manual_seed(seed)
-    t, weight = sampler.sample(n, interval, g, CHAIN, g)
+    t, weight = sampler.sample(n, interval, g, CHAIN, Step(g))
     assert torch.equal(weight, torch.ones(n))
     return t
 

@@ -16,14 +16,14 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from expertdiff.bundle import Expert
 from expertdiff.checkpoints import IDENTITY, same_run
 from expertdiff.data.base import Batch
-from expertdiff.describe import build, describe, differences
+from expertdiff.describe import Described, build, describe, differences
 from expertdiff.diffusion.denoiser import NetworkDenoiser, Prediction, PredictionType
 from expertdiff.diffusion.exact import terminal_mismatch
 from expertdiff.diffusion.objective import Losses, losses
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import SampleNoise
-from expertdiff.diffusion.timesteps import TimestepSampler
+from expertdiff.diffusion.timesteps import Step, TimestepSampler
 from expertdiff.diffusion.weighting import LossWeighting
 from expertdiff.experts.multistage import MultiStage
 from expertdiff.experts.size import active, stored
@@ -235,7 +235,7 @@ class Method(LightningModule, ABC):
             told = self.all_gather(torch.stack([t.double(), each.detach().double()]))
             at, of_all = told.reshape(-1, 2, len(t)).unbind(1)
             self.timesteps.update(at.flatten().long(), of_all.flatten())
-        loss = (importance * each).unflatten(0, (len(self.seeds), -1)).mean(1)
+        loss = self.averaged((importance * each).unflatten(0, (len(self.seeds), -1)))
         loss = (loss + self.regularised(prediction)).sum()
         return {"loss": loss, "mse": mse.detach(), "vb": vb.detach(), "t": t}
 
@@ -244,14 +244,31 @@ class Method(LightningModule, ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """t [B], importance [B] and eps [B, ...] for the items of one seed."""
         noise = generator(self.device, seed, "noise", *key)
-        shared = generator(self.device, seed, "shared", self.job, self.trainer.global_step)
-        interval = self.drawn(seed, key)
-        t, importance = self.timesteps.sample(len(x0), interval, noise, self.process, shared)
+        intervals, step = self.drawn(seed, key), self._step(seed, key)
+        draws = [
+            self.timesteps.sample(len(part), interval, noise, self.process, step)
+            for interval, part in zip(intervals, x0.tensor_split(len(intervals)))
+        ]
+        t, importance = (torch.cat(parts) for parts in zip(*draws))
         return t, importance, torch.randn(x0.shape, generator=noise, device=x0.device)
 
-    def drawn(self, seed: int, key: tuple[int | str, ...]) -> Interval:
-        """Where a micro-batch draws its t."""
-        return self.interval
+    def _step(self, seed: int, key: tuple[int | str, ...]) -> Step:
+        _, rank, micro_batch = key
+        trainer, accumulate = self.trainer, self.trainer.accumulate_grad_batches
+        return Step(
+            generator(self.device, seed, "shared", self.job, trainer.global_step),
+            rank * accumulate + micro_batch % accumulate,
+            trainer.world_size * accumulate,
+            trainer.global_step / trainer.max_steps,
+        )
+
+    def drawn(self, seed: int, key: tuple[int | str, ...]) -> list[Interval]:
+        """Where a micro-batch draws its t: in order, and equally many from each."""
+        return [self.interval]
+
+    def averaged(self, each: Tensor) -> Tensor:
+        """The loss of each seed [S], of its items' losses [S, B]."""
+        return each.mean(1)
 
     def regularised(self, prediction: Prediction) -> Tensor | float:
         """What a method adds to the loss of each seed, [S]."""
@@ -296,6 +313,7 @@ class Method(LightningModule, ABC):
         """Whatever changes the bits of a run, except how long it goes on."""
         optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(()))])
         scheduler = self._scheduler(optimizer)
+        paced = [describe(c) for c in self.trainer.callbacks if isinstance(c, Described)]
         return self.identity() | {
             "data": self.trainer.datamodule.identity(),
             "batch_size": self.trainer.datamodule.batch_size,
@@ -307,6 +325,9 @@ class Method(LightningModule, ABC):
             "optimizer": {"class": type(optimizer).__name__, **_plain(optimizer.defaults)},
             "lr_scheduler": scheduler
             and {"class": type(scheduler).__name__, **_plain(vars(scheduler))},
+            # What goes by the length of the run would not go on alike in another one.
+            "callbacks": paced or None,
+            "paced_by": self.trainer.max_steps if paced or self.timesteps.paced else None,
         }
 
     def identity(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from expertdiff.diffusion.denoiser import Denoiser, Eps, NetworkDenoiser
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import CosineBetas, DiscreteVP, QuadraticBetas
 from expertdiff.diffusion.samplers import DDIM, SampleNoise
-from expertdiff.diffusion.timesteps import Staged, TimestepSampler, Uniform
+from expertdiff.diffusion.timesteps import Staged, Step, TimestepSampler, Uniform
 from expertdiff.evaluation.features import Pixels
 from expertdiff.evaluation.kinds import kind
 from expertdiff.evaluation.points import sliced_wasserstein
@@ -84,7 +84,7 @@ def train(
     g = generator("cpu", *key)
     for _ in range(steps):
         x0 = items[torch.randint(len(items), (s.batch,), generator=g)]
-        at, _ = t.sample(s.batch, interval, g, s.process, g)
+        at, _ = t.sample(s.batch, interval, g, s.process, Step(g))
         eps = torch.randn(x0.shape, generator=g)
         output = denoiser.output(s.process.add_noise(x0, eps, at).float(), at, None)
         optimizer.zero_grad()
