@@ -79,7 +79,7 @@ def drawn(bundle, sampler, guidance=None):
         return torch.stack([sampler(denoiser, noise, y) for noise in noises])
 
 
-# Experts that take turns ---------------------------------------------------------------------------
+# Experts that take turns --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_a_channel_of_zeros_stays_one():
     "network",
     [
         lambda: ADMUNet(32, 3, 64, 1, [1, 2], [16], num_classes=10),
-        lambda: DiT(size=(2, 256, 4)),
+        lambda: DiT(size=(2, 256, 4), num_classes=10),
     ],
 )
 def test_files_are_a_quarter(tmp_path, network):

@@ -10,7 +10,7 @@ a busy machine look at processor time, which counts the reading thread, too.
 import argparse
 import json
 import multiprocessing
-import resource
+import re
 import statistics
 import tempfile
 import time
@@ -53,7 +53,8 @@ def write(folder: Path, network: ADMUNet, experts: int) -> Path:
 
 def peak() -> int:
     """Bytes of memory that this process has had at most."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which a process inherits from the one that starts it.
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def draw(folder: Path, lazy: bool, images: int, steps: int) -> str:
@@ -90,9 +91,9 @@ def main() -> None:
     network = ADMUNet(16, 3, args.channels, 1, [1, 2, 2], [8], learn_sigma=False)
     one = 4 * sum(p.numel() for p in network.parameters())
     print(
-        f"{args.experts} experts of {one / 4e6:.1f}M parameters, {one / 1e6:.1f} MB each; ", end=""
+        f"{args.experts} experts of {one / 4e6:.1f}M parameters; {args.images} images of {SHAPE}, "
+        f"DDIM with {args.steps} steps, one thread"
     )
-    print(f"{args.images} images of {SHAPE}, DDIM with {args.steps} steps, one thread")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         write(root / "tiny", ADMUNet(16, 3, 32, 1, [1], [], learn_sigma=False), 1)
