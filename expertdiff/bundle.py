@@ -336,8 +336,7 @@ def _lazy_experts(folder: Path, manifest: dict[str, Any]) -> list[Denoiser]:
         return weights
 
     for file in reversed(entries):  # all are refused now, not after hours
-        weights = read(file)
-    network.load_state_dict(weights)
+        network.load_state_dict(read(file))  # at once, so that never two wait beside it
     files = [entry["file"] for entry in manifest["experts"]]
     slot = Slot(_denoiser(shared, network), files, read)
     experts: list[Denoiser] = []
