@@ -21,13 +21,13 @@ from expertdiff.studies.combinations import combinations
 from expertdiff.studies.compare import compare
 from expertdiff.studies.convergence import convergence
 from expertdiff.tables.dualdiff import table
-from expertdiff.verbs import export, likelihood, report, sample, stitch
+from expertdiff.verbs import export, likelihood, quantize, report, sample, stitch
 
 VERBS: dict[str, Callable[..., None]] = {
     verb.__name__: verb
     for verb in (
-        stitch, sample, measure, export, latents, likelihood, report, consistency, convergence,
-        combinations, compare, table,
+        stitch, sample, measure, quantize, export, latents, likelihood, report, consistency,
+        convergence, combinations, compare, table,
     )
 }  # fmt: skip
 
@@ -68,6 +68,7 @@ Trains, stitches, compares and samples multi-expert diffusion models.
   stitch    make one model (a bundle) of trained experts
   sample    draw from a bundle: images (a PNG grid and an .npz) or points (a picture and a .csv)
   measure   compare a file of images with real ones, or with published statistics
+  quantize  write a bundle once more with weights in int8, a quarter of its size
   export    write the experts of a bundle as plain networks, with the keys of ADM and DiT
   latents   encode images once with an autoencoder, for a latent model
   report    write the page of a study

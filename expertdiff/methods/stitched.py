@@ -79,11 +79,18 @@ class Stitched(LightningModule):
         evaluation: how it is judged.
         output: where ``metrics.json``, ``grid.png`` and drawn samples go; by default
             ``<bundle>/test``.
+        lazy: keep one expert in memory and read the next one meanwhile, instead of keeping all.
     """
 
-    def __init__(self, bundle: Path, evaluation: Evaluation, output: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        evaluation: Evaluation,
+        output: Path | None = None,
+        lazy: bool = False,
+    ) -> None:
         super().__init__()
-        self.bundle = Bundle.load(bundle)
+        self.bundle = Bundle.load(bundle, lazy)
         self.kind = kind(self.bundle.manifest["shared"]["data"])
         evaluation.check(self.kind, str(bundle))
         self.denoiser = evaluation.guided(self.bundle.denoiser)
@@ -182,6 +189,7 @@ class Stitched(LightningModule):
             "floor_samples": self._fresh,
             "extractor": self._judge.identity,
             "precision": str(self.trainer.precision),
+            "weights": bundle.weights,
             "ema_decay": experts[0]["identity"]["ema"]["decay"],
             "data": type(self.trainer.datamodule).__name__,
             "data_sha256": self.trainer.datamodule.identity()["digest"],

@@ -29,7 +29,12 @@ class Network(Described, nn.Module, ABC):
         """The raw output at `x_t`; `t` is as `NoiseProcess.condition` gives it."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes a state dict of its own kind.
+        """Takes a state dict of its own kind; raises as `check`."""
+        self.check(weights)
+        self.load_state_dict(weights)
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Looks whether this is a state dict of its own kind.
 
         Raises:
             ValueError: a key is missing or left over, or a tensor of another shape; the first one
@@ -43,7 +48,6 @@ class Network(Described, nn.Module, ABC):
                 raise ValueError(
                     f"{key} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
                 )
-        self.load_state_dict(weights)
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Begins to train where these weights stand; raises as `load`."""
