@@ -306,13 +306,13 @@ class TestCheckpoints:
 
 
 LAYERS = [
-    {"seeds", "devices", "describe", "files", "look"},
+    {"seeds", "devices", "describe", "files", "look", "metrics", "cluster"},
     {"diffusion", "networks", "checkpoints"},
     {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},
     {"methods"},
     {"analysis"},
-    {"callbacks", "study", "report"},
+    {"callbacks", "study", "report", "status"},
     {"jobs", "verbs", "measure", "studies"},
     {"rounds"},
     {"launch"},
