@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 PACKAGES = [
@@ -253,12 +253,12 @@ def running(cpus: int = 6) -> Iterator[Cluster]:
 ROOT = Path(__file__).parents[1]
 OPTIONS = [
     f"--config={ROOT}/tests/conf/toy.yaml",
-    "--study.iterations=3000",
-    "--checkpoint.every_n_steps=100",
-    "--trainer.val_check_interval=500",
+    "--study.iterations=600",
+    "--checkpoint.every_n_steps=20",
+    "--trainer.val_check_interval=100",
     "--trainer.log_every_n_steps=20",
 ]
-"""Over configs/toys/mdm.yaml: 3 experts and a baseline that last for seconds."""
+"""Over configs/toys/mdm.yaml: 3 experts and a baseline of some hundred steps."""
 
 
 class Story:
@@ -290,10 +290,29 @@ class Story:
             self.tell(line)
         return [line.split()[1].rstrip(":") for line in lines]
 
-    def training(self, job: str) -> bool:
-        """Whether a job has made checkpoints and is not finished."""
-        folder = self.folder / job
-        return any(folder.glob("checkpoints/*.json")) and not (folder / "done.json").is_file()
+    def freeze(self, jobs: Sequence[str]) -> None:
+        """Stops the Python of each job once it has a checkpoint, till a signal comes.
+
+        They train for less than a second: what is done to them would come too late.
+        """
+        waiting = list(jobs)
+
+        def frozen() -> bool:
+            for job in list(waiting):
+                folder = self.folder / job
+                assert not (folder / "done.json").is_file(), f"{job} was too fast to be frozen"
+                if any(folder.glob("checkpoints/*.json")):
+                    self.signal(job, signal.SIGSTOP)
+                    waiting.remove(job)
+            return not waiting
+
+        self.cluster.wait_for(frozen, every=0.02)
+        self.tell(f"in the middle: {', '.join(f'{job} at {self.step(job)}' for job in jobs)}")
+
+    def step(self, job: str) -> int:
+        """Of a job's newest checkpoint."""
+        names = sorted(path.name for path in self.folder.glob(f"{job}/checkpoints/*.ckpt"))
+        return int(names[-1][5:-5]) if names else 0
 
     def preempt(self, n: int) -> list[str]:
         """Lets a more important job take the GPUs of n tasks; returns their ids."""
@@ -311,15 +330,13 @@ class Story:
         self.tell(f"preempted: {', '.join(taken)}")
         return taken
 
-    def kill(self, job: str) -> None:
-        """SIGKILL to the Python that trains a job, without its batch script."""
-        command = f"{self.folder / job / 'job.yaml'}"
+    def signal(self, job: str, number: signal.Signals) -> None:
+        """To the Python that trains a job, without its batch script."""
+        config = str(self.folder / job / "job.yaml").encode()
         for process in Path("/proc").glob("[0-9]*/cmdline"):
             with contextlib.suppress(OSError):
-                words = process.read_bytes().split(b"\0")
-                if command.encode() in words:
-                    os.kill(int(process.parent.name), signal.SIGKILL)
-                    self.tell(f"SIGKILL to the Python of {job}")
+                if config in process.read_bytes().split(b"\0"):
+                    os.kill(int(process.parent.name), number)
                     return
         raise AssertionError(f"no process trains {job}")
 
@@ -329,10 +346,11 @@ def disturbed(cluster: Cluster, folder: Path) -> list[str]:
     story = Story(cluster, folder)
     array, evaluation = story.submit()
     experts = ["expert-0", "expert-1", "expert-2"]
-    cluster.wait_for(lambda: all(map(story.training, experts)))
+    story.freeze(experts)
     taken = story.preempt(2)
     (left,) = [f"expert-{k}" for k in range(3) if f"{array}_{k}" not in taken]
-    story.kill(left)
+    story.signal(left, signal.SIGKILL)
+    story.tell(f"SIGKILL to the Python of {left}")
     for task in taken:
         cluster.hasten(task)
     story.tell("their two minutes of waiting cut short")
