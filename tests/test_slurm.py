@@ -211,25 +211,26 @@ class TestBatchScript:
         assert done.returncode == 2 and "a of" in done.stderr and "not trained" in done.stderr
 
 
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "many"
+    names = [f"expert-{k}" for k in range(200)]
+    jobs = {name: {"interval": [0, 1], "iterations": 1000} for name in names}
+    write_json(folder / "study.json", {"jobs": jobs})
+    (folder / "jobs.txt").write_text("\n".join(names))
+    lines = [
+        json.dumps({"step": step, "train/loss": 1 / step, "steps_per_second": 4.0})
+        for step in range(1, 501)
+    ]
+    for name in names[:-1]:
+        (folder / name).mkdir()
+        (folder / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    write_json(folder / "expert-0/done.json", {"step": 1000})
+    return folder
+
+
 class TestStatus:
     """Of a study of 200 jobs."""
-
-    @pytest.fixture(scope="class")
-    def many(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("runs") / "many"
-        names = [f"expert-{k}" for k in range(200)]
-        jobs = {name: {"interval": [0, 1], "iterations": 1000} for name in names}
-        write_json(folder / "study.json", {"jobs": jobs})
-        (folder / "jobs.txt").write_text("\n".join(names))
-        lines = [
-            json.dumps({"step": step, "train/loss": 1 / step, "steps_per_second": 4.0})
-            for step in range(1, 501)
-        ]
-        for name in names[:-1]:
-            (folder / name).mkdir()
-            (folder / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        write_json(folder / "expert-0/done.json", {"step": 1000})
-        return folder
 
     def test_within_a_second(self, many):
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -246,7 +247,7 @@ class TestStatus:
         lines = done.stdout.splitlines()
         assert len(lines) == 201
         assert lines[1].split() == ["expert-0", "done", "1,000", "of", "1,000", "4.0", "0.0020"]
-        assert "500 of 1,000  4.0   0.0020  0:02:05" in lines[2]
+        assert lines[2].split()[-6:] == ["500", "of", "1,000", "4.0", "0.0020", "0:02:05"]
         assert "not in the queue" in lines[200]
 
     def test_states_of_the_queue(self, many):
