@@ -69,8 +69,9 @@ class Row:
 
 def rows_of(folder: Path, waiting: Sequence[Queued]) -> list[Row]:
     """One a training job, in the order of ``study.json``."""
-    lines = (folder / "jobs.txt").read_text(encoding="utf-8").split()
-    queued = {lines[job.index]: job for job in waiting if job.index is not None}
+    tasks = [job for job in waiting if job.index is not None]
+    names = (folder / "jobs.txt").read_text(encoding="utf-8").split() if tasks else []
+    queued = {names[job.index]: job for job in tasks}
     jobs = read_json(folder / "study.json")["jobs"]
     return [_row(folder / name, job["iterations"], queued.get(name)) for name, job in jobs.items()]
 
@@ -85,7 +86,7 @@ def _row(job: Path, steps: int, queued: Queued | None) -> Row:
         return Row(job.name, _told(queued), steps, progress, queued.state == "running")
     metrics = job / "metrics.jsonl"
     if not metrics.is_file():
-        return Row(job.name, "not in the queue", steps, progress, False)
+        return Row(job.name, "not started", steps, progress, False)
     age = timedelta(seconds=round(time.time() - metrics.stat().st_mtime))
     return Row(job.name, f"last heard of {age} ago", steps, progress, True)
 

@@ -347,6 +347,9 @@ def disturbed(cluster: Cluster, folder: Path) -> list[str]:
     array, evaluation = story.submit()
     experts = ["expert-0", "expert-1", "expert-2"]
     story.freeze(experts)
+    story.tell("expertdiff status:")
+    command = [sys.executable, "-m", "expertdiff", "status", folder]
+    story.lines += [f"         {line}" for line in cluster.run(*command).splitlines()]
     taken = story.preempt(2)
     (left,) = [f"expert-{k}" for k in range(3) if f"{array}_{k}" not in taken]
     story.signal(left, signal.SIGKILL)

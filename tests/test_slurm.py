@@ -248,7 +248,7 @@ class TestStatus:
         assert len(lines) == 201
         assert lines[1].split() == ["expert-0", "done", "1,000", "of", "1,000", "4.0", "0.0020"]
         assert lines[2].split()[-6:] == ["500", "of", "1,000", "4.0", "0.0020", "0:02:05"]
-        assert "not in the queue" in lines[200]
+        assert "not started" in lines[200]
 
     def test_states_of_the_queue(self, many):
         waiting = [
@@ -284,6 +284,7 @@ class TestCluster:
         log = disturbed(cluster, tmp_path / "cluster")
         ends = [line for line in log if ": PREEMPTED, then COMPLETED" in line]
         assert len(ends) == 2, log
+        assert sum("expert" in line and " running " in line for line in log) == 3
         jobs = (tmp_path / "cluster/jobs.txt").read_text().split()
         for name in jobs:  # the same jobs here, undisturbed
             config = tmp_path / "cluster" / name / "job.yaml"
