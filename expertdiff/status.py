@@ -24,11 +24,14 @@ def status(args: Sequence[str]) -> None:
         waiting = queue(folder) or []
     except ValueError as error:
         print(f"the queue is not known: {error}\n")
-    rows = [["job", "state", "step", "it/s", "loss", "left"]]
-    rows += [row.cells() for row in rows_of(folder, waiting)]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    rows = rows_of(folder, waiting)
+    table = [["job", "state", "step", "it/s", "loss", "left"], *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for cells in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(cells, widths)).rstrip())
     for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        if row.error:
+            print(f"{row.name} failed: {row.error}")
     evaluation = [job for job in waiting if job.index is None]
     report = folder / "report.html"
     if evaluation:
@@ -47,6 +50,7 @@ class Row:
         steps: that it shall train.
         progress: where it is.
         going: whether it trains now, so that its speed says how long it will take.
+        error: why it failed.
     """
 
     name: str
@@ -54,6 +58,7 @@ class Row:
     steps: int
     progress: Progress
     going: bool
+    error: str = ""
 
     def cells(self) -> list[str]:
         """For a table."""
@@ -84,6 +89,8 @@ def _row(job: Path, steps: int, queued: Queued | None) -> Row:
         return Row(job.name, "done", steps, Progress(trained, progress.loss, progress.speed), False)
     if queued:
         return Row(job.name, _told(queued), steps, progress, queued.state == "running")
+    if error := _last_line(job / "log.txt").partition("expertdiff: error: ")[2]:
+        return Row(job.name, "failed", steps, progress, False, error)
     metrics = job / "metrics.jsonl"
     if not metrics.is_file():
         return Row(job.name, "not started", steps, progress, False)
@@ -93,3 +100,12 @@ def _row(job: Path, steps: int, queued: Queued | None) -> Row:
 
 def _told(job: Queued) -> str:
     return f"{job.state} {job.id}" + (f" ({job.reason})" if job.state == "pending" else "")
+
+
+def _last_line(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 4096))
+        lines = file.read().decode("utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "")

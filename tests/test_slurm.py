@@ -260,6 +260,15 @@ class TestStatus:
         assert [row.state for row in rows[:3]] == ["done", "running 7_1", "pending 7_2 (BeginTime)"]
         assert rows[1].going and not rows[2].going
 
+    def test_a_failure_is_told(self, many, capsys):
+        log = many / "expert-3/log.txt"
+        log.write_text("Seed set to 0\nexpertdiff: error: the disk is full\n")
+        assert main(["status", str(many)]) == 0
+        out = capsys.readouterr().out
+        log.unlink()
+        assert "expert-3 failed: the disk is full" in out
+        assert out.splitlines()[4].split()[:2] == ["expert-3", "failed"]
+
     def test_no_study(self, tmp_path, capsys):
         assert main(["status", str(tmp_path)]) == 2
         assert "holds no study.json" in capsys.readouterr().err
