@@ -100,7 +100,7 @@ def crowd(tasks: int, at_once: int, folder: Path) -> None:
         site = cluster.site("--cpus-per-task=1", setup=f"export PATH={folder}/bin:$PATH;")
         story = Story(cluster, study)
         array, evaluation = story.submit(
-            f"--partition={edges}", "--model.process.T=1000", "--model.network.scale=1000",
+            f"--partition={edges}", "--model.process.T=1000", "--model.network.T=1000",
             f"--study.iterations={5 * tasks}",
             "--study.baseline=false", "--study.evaluation.sampler=DDIM", site=site,
         )  # fmt: skip
