@@ -91,31 +91,33 @@ def crowd(tasks: int, at_once: int, folder: Path) -> None:
     server = os.fork()
     if not server:
         serve(door)
-    while not door.exists():
-        time.sleep(0.1)
-    with running(cpus=at_once) as cluster:
-        (folder / "bin").mkdir()
-        (folder / "bin/expertdiff").write_text(CLIENT.format(python=sys.executable, path=door))
-        (folder / "bin/expertdiff").chmod(0o755)
-        site = cluster.site("--cpus-per-task=1", setup=f"export PATH={folder}/bin:$PATH;")
-        story = Story(cluster, study)
-        array, evaluation = story.submit(
-            f"--partition={edges}", "--model.process.T=1000", "--model.network.T=1000",
-            f"--study.iterations={5 * tasks}",
-            "--study.baseline=false", "--study.evaluation.sampler=DDIM", site=site,
-        )  # fmt: skip
-        answers = []
-        while evaluation in cluster.queue():
-            began = time.monotonic()
-            cluster.run(sys.executable, "-m", "expertdiff", "status", study)
-            answers.append(time.monotonic() - began)
-            time.sleep(10)
-        check(cluster, study, tasks, array, evaluation)
-        story.tell(f"{tasks} tasks and the evaluation ended")
-        print("\n".join(line[:200] for line in story.lines))
-        print(f"expertdiff status: {len(answers)} answers, the slowest in {max(answers):.2f} s")
-    os.kill(server, 15)
-    os.waitpid(server, 0)
+    try:
+        while not door.exists():
+            time.sleep(0.1)
+        with running(cpus=at_once) as cluster:
+            (folder / "bin").mkdir()
+            (folder / "bin/expertdiff").write_text(CLIENT.format(python=sys.executable, path=door))
+            (folder / "bin/expertdiff").chmod(0o755)
+            site = cluster.site("--cpus-per-task=1", setup=f"export PATH={folder}/bin:$PATH;")
+            story = Story(cluster, study)
+            array, evaluation = story.submit(
+                f"--partition={edges}", "--model.process.T=1000", "--model.network.T=1000",
+                f"--study.iterations={5 * tasks}",
+                "--study.baseline=false", "--study.evaluation.sampler=DDIM", site=site,
+            )  # fmt: skip
+            answers = []
+            while evaluation in cluster.queue():
+                began = time.monotonic()
+                cluster.run(sys.executable, "-m", "expertdiff", "status", study)
+                answers.append(time.monotonic() - began)
+                time.sleep(10)
+            check(cluster, study, tasks, array, evaluation)
+            story.tell(f"{tasks} tasks and the evaluation ended")
+            print("\n".join(line[:200] for line in story.lines))
+            print(f"expertdiff status: {len(answers)} answers, the slowest in {max(answers):.2f} s")
+    finally:
+        os.kill(server, 15)
+        os.waitpid(server, 0)
 
 
 def check(cluster: Cluster, study: Path, tasks: int, array: str, evaluation: str) -> None:
