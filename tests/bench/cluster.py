@@ -134,7 +134,8 @@ def check(cluster: Cluster, study: Path, tasks: int, array: str, evaluation: str
         done = json.loads((job / "done.json").read_text())
         newest = checkpoints.newest(job / "checkpoints")
         identity = checkpoints.load(newest)[checkpoints.IDENTITY]
-        assert identity["expert"] == k and done["step"] == 5, (k, identity, done)
+        assert identity["job"] == job.name and done["step"] == 5, (k, identity, done)
+        assert identity["interval"] == [k / tasks, (k + 1) / tasks]
         assert all(line["step"] <= 5 for line in read_metrics(job / "metrics.jsonl"))
         assert f"trains expert-{k}:" in (study / f"slurm/{array}_{k}.log").read_text()
         digests.add(done["sha256"])
