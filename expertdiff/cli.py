@@ -17,6 +17,7 @@ from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.expert_cli import ExpertCLI, Parser
 from expertdiff.jobs import INTERRUPTED
 from expertdiff.measure import measure
+from expertdiff.status import status
 from expertdiff.studies.combinations import combinations
 from expertdiff.studies.compare import compare
 from expertdiff.studies.convergence import convergence
@@ -35,8 +36,9 @@ VERBS: dict[str, Callable[..., None]] = {
 PARSED: dict[str, Callable[[Sequence[str]], None]] = {
     "launch": launch_study,
     "intervals": intervals,
+    "status": status,
 }
-"""Verbs that take a configuration of `fit`."""
+"""Verbs with a parser of their own."""
 
 
 def run_verb(function: Callable[..., None], args: Sequence[str]) -> None:
@@ -61,6 +63,7 @@ HELP = """usage: expertdiff VERB [options]
 Trains, stitches, compares and samples multi-expert diffusion models.
 
   launch    train every expert of a config (and a baseline), stitch, test, report
+  status    how the jobs of a study go: steps, speed, loss, time left, state in the queue
   fit       train one job: an expert, or a single network
   validate  losses by interval of a trained job
   test      draw images from a bundle and measure their distance from real ones
@@ -100,7 +103,12 @@ def main(args: Sequence[str] | None = None) -> int:
     # Lightning's advertisements and notes on its defaults.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Of Lightning and jsonargparse about each other and torch; nothing a user could mend.
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*ddp_comm_hook.*"):
+    for message in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*ddp_comm_hook.*",
+        ".*`srun`.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     try:
         if verb in ExpertCLI.subcommands():

@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from PIL import Image
 
 from expertdiff.files import write_text
+from expertdiff.metrics import read_metrics
 
 PATIENCE = 10
 """Seconds that W&B's service has for its answer before a run is kept offline."""
@@ -77,29 +78,6 @@ class JsonLines(Logger, StudyLogger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
-
-
-def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one torn by a kill is left out.
-
-    Args:
-        path: the file; none has no lines.
-        last: read about this many bytes from the end only.
-    """
-    if not path.is_file():
-        return []
-    with open(path, "rb") as file:
-        cut = last is not None and path.stat().st_size > last
-        if cut:
-            file.seek(-last, os.SEEK_END)
-        texts = file.read().splitlines()[cut:]
-    lines = []
-    for text in texts:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
 
 
 class WandB(WandbLogger, StudyLogger):

@@ -61,7 +61,7 @@ def test_paper_budget():
     assert cli.study.budgets(partition_of(cli)) == [50_000, 350_000, 100_000]
 
 
-@pytest.mark.parametrize("verb", ["launch", "fit", "test", "stitch", "sample", "report"])
+@pytest.mark.parametrize("verb", ["launch", "status", "fit", "test", "stitch", "sample", "report"])
 def test_help(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -306,13 +306,13 @@ class TestCheckpoints:
 
 
 LAYERS = [
-    {"seeds", "devices", "describe", "files", "look"},
+    {"seeds", "devices", "describe", "files", "look", "metrics", "cluster"},
     {"diffusion", "networks", "checkpoints"},
     {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},
     {"methods"},
     {"analysis"},
-    {"callbacks", "study", "report"},
+    {"callbacks", "study", "report", "status"},
     {"jobs", "verbs", "measure", "studies"},
     {"rounds"},
     {"launch"},

@@ -10,7 +10,7 @@ from expertdiff.describe import build
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.files import read_json
-from expertdiff.loggers import read_metrics
+from expertdiff.metrics import read_metrics
 
 BASELINE, STITCHED, SHARED = "baseline", "stitched", "shared"
 """The names of the tests that the verdict compares, the first that of a job too; and of the job
