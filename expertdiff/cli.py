@@ -15,6 +15,7 @@ from expertdiff.config_verbs import intervals, launch_study
 from expertdiff.data.latents import latents
 from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.expert_cli import ExpertCLI, Parser
+from expertdiff.files import Unusable, WriteFailed
 from expertdiff.jobs import INTERRUPTED
 from expertdiff.measure import measure
 from expertdiff.studies.combinations import combinations
@@ -84,15 +85,15 @@ Trains, stitches, compares and samples multi-expert diffusion models.
   expertdiff launch --config configs/digits/mdm.yaml"""
 
 
-CODES = {BlockingIOError: 73, FloatingPointError: 70}
-"""Exit codes of errors that are no bad input: a folder in use, a training that diverged."""
+CODES = {Unusable: 73, WriteFailed: 74, FloatingPointError: 70}
+"""Exit codes of errors that are no bad input."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code.
 
-    0 done; 2 bad input; 70 the training diverged; 73 another job holds the folder; 75 interrupted
-    with a checkpoint, to be resumed by the same command.
+    0 done; 2 bad input; 70 the training diverged; 73 the folder is in use or cannot be written; 74 a
+    later write failed; 75 interrupted with a checkpoint, to be resumed by the same command.
     """
     args = list(sys.argv[1:] if args is None else args)
     verb = args[0] if args else "--help"

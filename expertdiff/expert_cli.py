@@ -4,7 +4,7 @@ import inspect
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,7 +39,7 @@ from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, Resolved
 from expertdiff.data.base import Data
 from expertdiff.describe import Described
 from expertdiff.evaluation.inception import COMPARABLE
-from expertdiff.files import locked, read_json
+from expertdiff.files import locked, read_json, writable
 from expertdiff.loggers import StudyLogger
 from expertdiff.methods.base import Method
 from expertdiff.report.study import SHARED
@@ -148,6 +148,8 @@ class ExpertCLI(LightningCLI):
             job, folder = f"test-{self.model.output.name}", self.model.output
         folder = Path(trainer.default_root_dir or folder)
         kwargs["default_root_dir"] = str(folder)
+        if self.subcommand != "validate":
+            writable(folder)
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if isinstance(logger, StudyLogger):
                 logger.attach(folder, study.name, job)
@@ -168,14 +170,18 @@ class ExpertCLI(LightningCLI):
         if not isinstance(model, Method):
             raise ValueError(f"{type(model).__name__} cannot be trained: name a method, as MDM")
         folder = Path(self.trainer.default_root_dir)
+        for foreign in folder.glob("hpc_ckpt_*"):
+            raise ValueError(
+                f"{foreign} was written by Lightning's own requeueing, which resumes from it "
+                "whatever it holds: move it away"
+            )
         keeper = next(c for c in self.trainer.callbacks if isinstance(c, ExactCheckpoint))
         # One lock a run: further ranks of it are other processes.
         first = not getattr(rank_zero_only, "rank", 0)
         with locked(folder) if first else nullcontext(), keeper.listening():
             # Also for a run that was finished before: the checkpoint says whether it is this run.
             ckpt_path = ckpt_path or checkpoints.newest(folder / "checkpoints")
-            with suppress(SystemExit):  # Lightning's answer to a SIGTERM before the first step
-                self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+            self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
             step, last = self.trainer.global_step, self.trainer.max_steps
             if step < last:
                 raise Interrupted(f"stopped at step {step} of {last}")

@@ -15,7 +15,7 @@ from expertdiff.bundle import Bundle
 from expertdiff.describe import build, describe, differences
 from expertdiff.diffusion.partition import Partition
 from expertdiff.evaluation.judge import Judge
-from expertdiff.files import read_json, sha256_of, write_json, write_text
+from expertdiff.files import read_json, sha256_of, writable, write_json, write_text
 from expertdiff.jobs import Job, run, train
 from expertdiff.report import write_report
 from expertdiff.report.study import BASELINE, SHARED
@@ -77,6 +77,7 @@ def launch(
     rounds = None
     if experts and isinstance(budget, Adaptive):
         rounds = Rounds(study, config, record["settings"], budget, partition, parallel)
+    writable(study.folder)
     write_json(study.folder / "study.json", record)  # all has been accepted
 
     first = [job for job in jobs if job.name == SHARED]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from expertdiff.files import write_text
+from expertdiff.files import write_text, writing
 
 
 class StudyLogger(ABC):
@@ -68,7 +68,7 @@ class JsonLines(Logger, StudyLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
