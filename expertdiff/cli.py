@@ -92,8 +92,8 @@ CODES = {Unusable: 73, WriteFailed: 74, FloatingPointError: 70}
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code.
 
-    0 done; 2 bad input; 70 the training diverged; 73 the folder is in use or cannot be written; 74 a
-    later write failed; 75 interrupted with a checkpoint, to be resumed by the same command.
+    0 done; 2 bad input; 70 the training diverged; 73 the folder is in use or cannot be written;
+    74 a later write failed; 75 interrupted with a checkpoint, to be resumed by the same command.
     """
     args = list(sys.argv[1:] if args is None else args)
     verb = args[0] if args else "--help"
