@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args, get_origin
 
 from expertdiff.analysis.consistency import consistency
-from expertdiff.callbacks.checkpoint import Interrupted
+from expertdiff.callbacks.checkpoint import Interrupted, handling, stop_at_once
 from expertdiff.config_verbs import intervals, launch_study
 from expertdiff.data.latents import latents
 from expertdiff.evaluation.inception import COMPARABLE
@@ -103,7 +103,10 @@ def main(args: Sequence[str] | None = None) -> int:
     for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*ddp_comm_hook.*"):
         warnings.filterwarnings("ignore", message=message)
     try:
-        if verb in ExpertCLI.subcommands():
+        if verb == "fit":
+            with handling(stop_at_once):
+                ExpertCLI(args)
+        elif verb in ExpertCLI.subcommands():
             ExpertCLI(args)
         elif verb in PARSED:
             PARSED[verb](args[1:])

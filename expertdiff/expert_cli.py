@@ -31,7 +31,7 @@ import expertdiff.networks.mlp
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints
 from expertdiff.analysis.intervals import IntervalMethod
-from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted
+from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted, handling
 from expertdiff.callbacks.ema import EMA
 from expertdiff.callbacks.gates import GateMap
 from expertdiff.callbacks.mixing import MixingMap
@@ -178,7 +178,7 @@ class ExpertCLI(LightningCLI):
         keeper = next(c for c in self.trainer.callbacks if isinstance(c, ExactCheckpoint))
         # One lock a run: further ranks of it are other processes.
         first = not getattr(rank_zero_only, "rank", 0)
-        with locked(folder) if first else nullcontext(), keeper.listening():
+        with locked(folder) if first else nullcontext(), handling(keeper.on_signal):
             # Also for a run that was finished before: the checkpoint says whether it is this run.
             ckpt_path = ckpt_path or checkpoints.newest(folder / "checkpoints")
             self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,32 @@ from expertdiff.methods.base import Method, device_name
 
 class Interrupted(BaseException):
     """Training stopped at a step border on request, with a checkpoint; it can be resumed."""
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+@contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, the signals that ask to stop are `handler`'s."""
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    listen(handler)
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def listen(handler: Callable[[int, Any], None]) -> None:
+    """From now on, the signals that ask to stop are `handler`'s."""
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def stop_at_once(number: int, frame: Any) -> None:
+    """A handler for the time before training, when there is nothing to save."""
+    raise Interrupted("stopped before training began")
 
 
 class _VerifiedIO(CheckpointIO):
@@ -55,8 +81,6 @@ class ExactCheckpoint(Checkpoint):
         keep: how many checkpoints stay; ``None`` keeps all.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-
     ASK_EVERY = 5.0
 
     def __init__(self, every_n_steps: int = 1000, keep: int | None = 2) -> None:
@@ -87,24 +111,9 @@ class ExactCheckpoint(Checkpoint):
         """Wall-clock seconds of training without validation, over all resumes."""
         return self.seconds + (time.monotonic() - self._since if self._since else 0.0)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside, signals only set a flag, which training obeys at its next step border."""
-        previous = {number: signal.getsignal(number) for number in self.SIGNALS}
-        self._listen()
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _listen(self) -> None:
-        for number in self.SIGNALS:
-            signal.signal(number, self._on_signal)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._saved_step = time.monotonic(), trainer.global_step
-        self._listen()  # again, should anything have replaced our handlers since
+        listen(self.on_signal)  # again, should anything have replaced our handlers since
         self._asked = self._ask_at = trainer.global_step
         self._asked_at = time.monotonic()
         if trainer.world_size > 1:
@@ -123,7 +132,8 @@ class ExactCheckpoint(Checkpoint):
         for path in folder.glob(".step-*.tmp"):  # of a job that was killed while it wrote
             path.unlink()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def on_signal(self, number: int, frame: Any) -> None:
+        """A handler for the time of training, which stops at the next step border."""
         # Only a flag: a handler may run in the middle of anything. A second Ctrl-C does not wait.
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
