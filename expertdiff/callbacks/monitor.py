@@ -85,12 +85,10 @@ class LossByInterval(Callback):
 
     def _diverged(self, trainer: Trainer, method: Method) -> str:
         """What to do, and the first micro-batch of this rank whose loss is not finite."""
-        bad = ((n, x, t) for n, x, t in self._window if not x.isfinite())
-        n, x, t = next(bad, (None, None, None))
-        first = (
-            f"first {x:g} in micro-batch {n}, whose t are {t.min():g} to {t.max():g}" if n else ""
-        )
-        where = first or "on another rank"
+        where = "on another rank"
+        for n, loss, t in reversed(self._window):
+            if not loss.isfinite():
+                where = f"first {loss:g} in micro-batch {n}, with t from {t.min():g} to {t.max():g}"
         return (
             f"{method.job} diverged: its loss is not finite in steps {self._step + 1} to "
             f"{trainer.global_step} ({where}); the checkpoints before are whole: start another "
