@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -181,7 +182,11 @@ class ExpertCLI(LightningCLI):
         with locked(folder) if first else nullcontext(), handling(keeper.on_signal):
             # Also for a run that was finished before: the checkpoint says whether it is this run.
             ckpt_path = ckpt_path or checkpoints.newest(folder / "checkpoints")
-            self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+            try:
+                self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+            except (RuntimeError, ValueError, OSError) as error:
+                self._end_ranks(error)
+                raise
             step, last = self.trainer.global_step, self.trainer.max_steps
             if step < last:
                 raise Interrupted(f"stopped at step {step} of {last}")
@@ -190,6 +195,17 @@ class ExpertCLI(LightningCLI):
                 keeper.record(self.trainer)  # a kill had come between checkpoint and record
         if self.trainer.is_global_zero:
             print(f"{model.job} is trained: {folder}")
+
+    def _end_ranks(self, error: Exception) -> None:
+        """What fails on one rank leaves no other waiting for it."""
+        trainer = self.trainer
+        if trainer.world_size > 1:
+            print(
+                f"rank {trainer.global_rank} of {trainer.world_size} of {trainer.default_root_dir} "
+                f"ends at step {trainer.global_step}: {str(error).partition(chr(10))[0]}",
+                file=sys.stderr,
+            )
+            trainer.strategy.launcher.kill(signal.SIGKILL)
 
     def validate(
         self, model: Method, datamodule: Data, ckpt_path: Any = None, **kwargs: Any

@@ -19,7 +19,7 @@ from expertdiff.evaluation.kinds import kind
 from expertdiff.evaluation.likelihood import bits_per_dimension, log_likelihood
 from expertdiff.experts.remixed import Remixed
 from expertdiff.experts.routed import RoutedExperts
-from expertdiff.files import replacing, write_json
+from expertdiff.files import replacing, writable, write_json
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.report import write_report
 
@@ -82,6 +82,7 @@ def sample(
         guidance=guidance,
     )
     output = Path(output or Path(bundle) / "samples")
+    writable(output)
     model = Stitched(Path(bundle), protocol, output)
     trainer = Trainer(
         devices=1,

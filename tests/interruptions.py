@@ -64,12 +64,11 @@ def arm(place, number, draw):
     setattr(owner, name, passed)
 
 
-def start(folder, ranks, interruption=None, draw=None):
-    """Trains in forked children; their exit codes, negative for a signal."""
+def start(folder, ranks, prepare=lambda rank: None, options=()):
+    """Trains in forked children, each prepared; their exit codes, negative for a signal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    victim = draw.randrange(ranks) if draw else None
     children = []
     for rank in range(ranks):
         if child := os.fork():
@@ -84,9 +83,8 @@ def start(folder, ranks, interruption=None, draw=None):
             if ranks > 1:
                 os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
                 os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "NODE_RANK": "0"}
-            if rank == victim:
-                arm(*interruption, draw)
-            code = main(arguments(folder, ranks))
+            prepare(rank)
+            code = main([*arguments(folder, ranks), *options])
         except BaseException:
             traceback.print_exc()
             code = 1
@@ -123,11 +121,16 @@ def weights(folder):
     return [content[kind] for kind in (checkpoints.AVERAGED, checkpoints.RAW)]
 
 
+def interrupted_start(folder, ranks, draw):
+    place, number = draw.choice(list(PLACES)), draw.choice(KINDS)
+    victim = draw.randrange(ranks)
+    return place, number, start(folder, ranks, lambda r: r == victim and arm(place, number, draw))
+
+
 def interrupted_run(folder, ranks, draw, counts):
     """Starts a training until it is complete; counts its interruptions by place and kind."""
     while True:
-        place, number = draw.choice(list(PLACES)), draw.choice(KINDS)
-        codes = start(folder, ranks, (place, number), draw)
+        place, number, codes = interrupted_start(folder, ranks, draw)
         if set(codes) == {0}:
             assert complete(folder), "exit code 0, but incomplete"
             return
