@@ -13,6 +13,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 # The imports that look unused make the bare names of their classes known to the command line.
@@ -57,6 +58,10 @@ class Parser(LightningArgumentParser):
         sys.stderr.write(f"expertdiff: error: {' '.join(message.split())}\n")
         raise SystemExit(2)
 
+
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+WHOLE = (DDPStrategy, SingleDeviceStrategy)
+"""Strategies under which each rank has the whole model."""
 
 UNKNOWN = re.compile(r'Parser key "([^"]+)".*Expected a dot import path string: (\S+)', re.DOTALL)
 """What jsonargparse says of a class that it does not find."""
@@ -160,6 +165,13 @@ class ExpertCLI(LightningCLI):
             raise ValueError(
                 f"trainer.precision {trainer.precision} is too coarse to train or average: "
                 "use bf16-mixed"
+            )
+        strategy = trainer.strategy
+        if strategy not in STRATEGIES and not isinstance(strategy, WHOLE):
+            name = strategy if isinstance(strategy, str) else type(strategy).__name__
+            raise ValueError(
+                f"trainer.strategy {name} splits or copies a model in ways that averages and exact "
+                "checkpoints do not know: use ddp on several devices, auto on one"
             )
         if SLURMEnvironment.detect():
             # Lightning's requeueing saves in the middle of a step and mixes up experts.

@@ -64,6 +64,12 @@ class TestFolders:
         path.write_bytes(b"of expert 1, who knows")
         assert str(path) in refused(capsys, "fit", *TINY, f"--study.root={tmp_path}")
 
+    @pytest.mark.parametrize("strategy", ["fsdp", "deepspeed", "ddp_spawn", "FSDPStrategy"])
+    def test_strategies_that_split_a_model_are_refused(self, tmp_path, capsys, strategy):
+        options = (f"--study.root={tmp_path}", f"--trainer.strategy={strategy}")
+        error = refused(capsys, "fit", *TINY, *options)
+        assert f"trainer.strategy {strategy}" in error and "use ddp" in error
+
 
 class TestLock:
     @pytest.fixture

@@ -1,0 +1,144 @@
+"""What checkpoints and the check for signals cost, and what it costs to validate a stitch.
+
+``python tests/bench/checkpoint.py cost`` times what ExactCheckpoint does in a training of the 10M
+network of loop.py: one checkpoint in 1,000 steps and the check at every step, as a share of 1,000
+steps. The bar is 1 %. ``... stitch`` writes 8 experts of 53M parameters and times `Bundle.stitch`
+and `Bundle.load` beside nothing but reading, hashing and writing the same files. The bar is 2 s.
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from loop import Clock, Noise32, method
+from safetensors.torch import load_file
+
+from expertdiff import bundle, checkpoints
+from expertdiff.bundle import Bundle
+from expertdiff.callbacks.checkpoint import ExactCheckpoint
+from expertdiff.callbacks.ema import EMA
+from expertdiff.describe import describe
+from expertdiff.diffusion.partition import Partition
+from expertdiff.files import sha256_of
+from expertdiff.methods.base import versions
+from expertdiff.networks.unet import ADMUNet
+
+
+@contextmanager
+def timed(owner: Any, name: str) -> Iterator[list[float]]:
+    """Inside, the seconds of each call of a function."""
+    inner: Callable[..., Any] = getattr(owner, name)
+    seconds: list[float] = []
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        began = time.perf_counter()
+        result = inner(*args, **kwargs)
+        seconds.append(time.perf_counter() - began)
+        return result
+
+    setattr(owner, name, function)
+    yield seconds
+    setattr(owner, name, inner)
+
+
+def cost(batch: int, steps: int) -> None:
+    module = method()
+    clock, keeper = Clock(module), ExactCheckpoint(steps // 2)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        timed(ExactCheckpoint, "_save") as saves,
+        timed(ExactCheckpoint, "_agreed") as checks,
+    ):
+        trainer = Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            precision="bf16-mixed",
+            default_root_dir=folder,
+            callbacks=[clock, EMA(), keeper],
+            logger=False,
+            limit_val_batches=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, datamodule=Noise32(batch, 1000, "validation", flip=True))
+        size = checkpoints.newest(Path(folder) / "checkpoints").stat().st_size
+    step, save = statistics.median(clock.inside), statistics.median(saves)
+    check = statistics.median(checks)
+    share = (save + 1000 * check) / (1000 * step)
+    print(f"\nstep {1e3 * step:.0f} ms, checkpoint of {size / 1e6:.0f} MB {save:.2f} s, ", end="")
+    print(f"check {1e6 * check:.1f} us: {100 * share:.2f} % of 1,000 steps (bar: 1 %)")
+
+
+def experts(folder: Path) -> list[Path]:
+    """Checkpoints of 8 experts, averaged and raw weights of 53M parameters each."""
+    edges = [i / 8 for i in range(9)]
+    module = method()
+    network = ADMUNet(32, 3, 128, 3, (1, 2, 2, 2), (16, 8), num_head_channels=64, dropout=0.3)
+    weights = {f"{bundle.PREFIX}{key}": value for key, value in network.state_dict().items()}
+    print(f"{sum(v.numel() for v in network.parameters()) / 1e6:.1f}M parameters an expert")
+    data = Noise32(1, 1000, "validation", flip=True).identity()
+    shared = {"process": describe(module.process), "network": describe(network), "data": data}
+    paths = []
+    for i, interval in enumerate(Partition(edges).intervals()):
+        identity = {
+            **shared,
+            "prediction": describe(module.denoiser.prediction),
+            "interval": [interval.lo, interval.hi],
+            "partition": edges,
+            "job": f"expert-{i}",
+            "max_steps": 1,
+            "ema": {"decay": 0.9999},
+            "versions": versions(),
+        }
+        content = {checkpoints.AVERAGED: weights, checkpoints.RAW: weights, "global_step": 1}
+        paths.append(folder / f"expert-{i}" / "checkpoints" / "step-00000001.ckpt")
+        checkpoints.save(content | {checkpoints.IDENTITY: identity}, paths[-1])
+    return [path.parents[1] for path in paths]
+
+
+def stitch() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        jobs = experts(folder)
+        files = [checkpoints.newest(job / "checkpoints") for job in jobs]
+        checkpoints._digest.cache_clear()
+        whole = clocked(lambda: Bundle.stitch(jobs, folder / "bundle"))
+        shipped = sorted((folder / "bundle").glob("*.safetensors"))
+
+        def plain() -> None:
+            for path in files:
+                sha256_of(path), torch.load(path, weights_only=True)
+            for path in shipped:
+                shutil.copy(path, folder / "copy")
+                sha256_of(path), sha256_of(path), load_file(path)
+
+        reading = clocked(plain)
+        print(f"stitch: {whole:.1f} s, of which reading, hashing, writing {reading:.1f} s")
+        load = clocked(lambda: Bundle.load(folder / "bundle"))
+        plainly = clocked(lambda: [(sha256_of(path), load_file(path)) for path in shipped])
+        print(f"load: {load:.1f} s, of which reading and hashing {plainly:.1f} s")
+        size = sum(path.stat().st_size for path in shipped) / len(shipped)
+        print(f"8 files of {size / 1e6:.0f} MB; bar: 2 s beside reading")
+
+
+def clocked(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["cost", "stitch"])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4)
+    args = parser.parse_args()
+    cost(args.batch, args.steps) if args.what == "cost" else stitch()
