@@ -254,7 +254,7 @@ def _check_weights(path: Path, weights: dict[str, Tensor]) -> None:
     for key, value in weights.items():
         if value.dtype != torch.float32:
             raise ValueError(f"{path}: {key} is {value.dtype}, not torch.float32")
-        if not value.isfinite().all():
+        if not checkpoints.finite(value):
             raise ValueError(
                 f"{path}: {key} holds NaN or infinity: go back to an earlier checkpoint"
             )

@@ -14,14 +14,29 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, TINY
-from test_bundle import copy, jobs, refused, rewrite  # noqa: F401
+from test_bundle import jobs, refused, rewrite
 from test_training import assert_equal, weights
 
 from expertdiff import checkpoints, files
-from expertdiff.bundle import Bundle
+from expertdiff.bundle import Bundle, Expert
 from expertdiff.cli import main
 from expertdiff.loggers import JsonLines
 from expertdiff.methods.base import Method
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three experts and a baseline, trained in this process."""
+    root = tmp_path_factory.mktemp("runs")
+    for job in ("--model.expert=0", "--model.expert=1", "--model.expert=2", "--model=Diffusion"):
+        assert main(["fit", *TINY, f"--study.root={root}", job]) == 0
+    return root / "tiny"
+
+
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(trained, tmp_path / "tiny")
 
 
 def last_line(capsys):
@@ -49,14 +64,10 @@ class TestFolders:
         with pytest.raises(files.WriteFailed, match="metrics.jsonl .No space left"):
             JsonLines(tmp_path).log_metrics({"loss": 1.0}, 1)
 
-    def test_an_output_that_cannot_be_is_refused_before_anything_is_drawn(self, study, capsys):
-        bundle = study / "bundles" / "stitched"
-        for arguments in (
-            ["test", "--config", bundle / "config.yaml", "--model.output=/dev/null/x"],
-            ["sample", bundle, "--output=/dev/null/x"],
-        ):
-            assert main([str(argument) for argument in arguments]) == 73
-            assert "/dev/null/x cannot be written (Not a directory)" in last_line(capsys)
+    def test_an_output_that_cannot_be_is_refused_before_anything_is_drawn(self, copy, capsys):
+        bundle = Bundle.stitch([copy / "baseline"], copy / "bundle").folder
+        assert main(["sample", str(bundle), "--output=/dev/null/x"]) == 73
+        assert "/dev/null/x cannot be written (Not a directory)" in last_line(capsys)
 
     def test_a_checkpoint_of_lightnings_requeueing_is_refused(self, tmp_path, capsys):
         path = tmp_path / "tiny" / "expert-0" / "hpc_ckpt_3.ckpt"
@@ -112,8 +123,7 @@ class TestLock:
 
 class TestResume:
     @pytest.fixture
-    def root(self, study, tmp_path):
-        shutil.copytree(study, tmp_path / "tiny")
+    def root(self, copy, tmp_path):
         return f"--study.root={tmp_path}"
 
     @pytest.mark.parametrize(
@@ -187,10 +197,10 @@ class TestNotFinite:
 
 
 class TestStitch:
-    def stitch(self, capsys, copy, *extra):  # noqa: F811
+    def stitch(self, capsys, copy, *extra):
         return refused(capsys, "stitch", *jobs(copy), "--output", copy / "new", *extra)
 
-    def test_a_wrong_end_leaves_a_gap(self, copy, capsys):  # noqa: F811
+    def test_a_wrong_end_leaves_a_gap(self, copy, capsys):
         def change(content):
             identity = content[checkpoints.IDENTITY]
             identity["interval"], identity["partition"] = [0.1, 0.7], [0, 0.1, 0.7, 1]
@@ -198,7 +208,7 @@ class TestStitch:
         rewrite(copy / "expert-1", change)
         assert "no expert was given for interval 1 (0.1, 0.8]" in self.stitch(capsys, copy)
 
-    def test_continuous_and_discrete(self, copy, capsys):  # noqa: F811
+    def test_continuous_and_discrete(self, copy, capsys):
         def change(content):
             process = {"class_path": "expertdiff.diffusion.process.VPSDE", "init_args": {}}
             content[checkpoints.IDENTITY]["process"] = process
@@ -207,14 +217,14 @@ class TestStitch:
         error = self.stitch(capsys, copy)
         assert "DiscreteVP" in error and "VPSDE" in error and "expert-2" in error
 
-    def test_a_renamed_copy_is_what_it_was(self, copy, capsys):  # noqa: F811
+    def test_a_renamed_copy_is_what_it_was(self, copy, capsys):
         shutil.rmtree(copy / "expert-2")
         shutil.copytree(copy / "expert-1", copy / "expert-2")
         assert "interval 2 (0.8, 1]" in self.stitch(capsys, copy)
         same = refused(capsys, "stitch", *[copy / "expert-1"] * 2, "--output", copy / "new")
         assert "interval 0" in same or "both serve" in same
 
-    def test_raw_beside_averaged(self, copy, capsys):  # noqa: F811
+    def test_raw_beside_averaged(self, copy, capsys):
         def change(content):  # as a Trainer without our average writes it
             content["state_dict"] = content.pop(checkpoints.RAW)
             del content[checkpoints.IDENTITY]["ema"]
@@ -227,7 +237,7 @@ class TestStitch:
     @pytest.mark.parametrize(
         "key, name, value", [("ema", "decay", 0.5), ("versions", "torch", "0.4")]
     )
-    def test_what_differs_but_fits_is_warned_of(self, copy, key, name, value):  # noqa: F811
+    def test_what_differs_but_fits_is_warned_of(self, copy, key, name, value):
         def change(content):
             content[checkpoints.IDENTITY][key][name] = value
 
@@ -277,16 +287,15 @@ class TestPublishedWeights:
         assert not (tmp_path / "exploded").exists()
 
     @pytest.mark.parametrize("extra", [True, False])
-    def test_missing_and_extra_keys_are_named(self, study, tmp_path, capsys, extra):
-        assert main(["export", str(study / "bundles/baseline"), "--output", str(tmp_path)]) == 0
-        content = torch.load(tmp_path / "00.pt")
+    def test_missing_and_extra_keys_are_named(self, trained, tmp_path, capsys, extra):
+        content = Expert.read(trained / "baseline").weights
         key = "out.2.bias"
         content |= {"extra": content.pop(key)} if extra else {}
         content.pop(key, None)
-        torch.save(content, tmp_path / "00.pt")
-        start = f"--model.init_from={tmp_path / '00.pt'}"
+        torch.save(content, tmp_path / "weights.pt")
+        start = f"--model.init_from={tmp_path / 'weights.pt'}"
         error = refused(capsys, "fit", *TINY, f"--study.root={tmp_path}", start)
-        assert ("extra" if extra else key) in error and "00.pt" in error
+        assert ("extra" if extra else key) in error and "weights.pt" in error
 
 
 def python(code):

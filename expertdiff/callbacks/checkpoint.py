@@ -211,7 +211,7 @@ class ExactCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: Method, checkpoint: dict[str, Any]
     ) -> None:
         for name, value in checkpoint[RAW].items():
-            if not value.isfinite().all():
+            if not checkpoints.finite(value):
                 raise FloatingPointError(
                     f"{pl_module.job} diverged: {name} is not finite at step "
                     f"{trainer.global_step}; the checkpoints before are whole: start another study "
