@@ -10,6 +10,7 @@ killed) and raw and averaged weights are those of the undisturbed run, bit for b
 
 import argparse
 import collections
+import functools
 import json
 import os
 import random
@@ -35,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 STEPS, EVERY, ACCUMULATE = 40, 5, 3
 KINDS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL)
 PLACES = {  # where a signal comes, and how often that place is passed before it does
-    "clock": None,
+    "clock": (ExactCheckpoint, "on_train_start", 1),
     "save": (checkpoints, "_check_zip", 2),
     "record": (checkpoints, "write_json", 2),
     "validation": (Method, "validation_step", 3),
@@ -44,13 +45,14 @@ PLACES = {  # where a signal comes, and how often that place is passed before it
 }
 
 
-def arm(place, number, draw):
+def arm(place, number, draw, alone):
     """In a forked child: a signal to itself, at that place."""
+    kill = functools.partial(os.kill, os.getpid(), number)
     if place == "clock":
-        timer = threading.Timer(draw.uniform(0.1, 4), os.kill, (os.getpid(), number))
-        timer.daemon = True
-        timer.start()
-        return
+        act = threading.Timer(draw.uniform(0.1, 4), kill)
+        act.daemon, kill = True, act.start
+        if alone:  # else others would wait for a rank that never comes, until the time-out
+            return act.start()
     owner, name, most = PLACES[place]
     inner, left = getattr(owner, name), draw.randint(1, most)
 
@@ -58,7 +60,7 @@ def arm(place, number, draw):
         nonlocal left
         left -= 1
         if left == 0:
-            os.kill(os.getpid(), number)
+            kill()
         return inner(*args, **kwargs)
 
     setattr(owner, name, passed)
@@ -124,7 +126,12 @@ def weights(folder):
 def interrupted_start(folder, ranks, draw):
     place, number = draw.choice(list(PLACES)), draw.choice(KINDS)
     victim = draw.randrange(ranks)
-    return place, number, start(folder, ranks, lambda r: r == victim and arm(place, number, draw))
+
+    def prepare(rank):
+        if rank == victim:
+            arm(place, number, draw, ranks == 1)
+
+    return place, number, start(folder, ranks, prepare)
 
 
 def interrupted_run(folder, ranks, draw, counts):
@@ -141,6 +148,7 @@ def interrupted_run(folder, ranks, draw, counts):
             assert set(codes) == {75}, what
         assert not complete(folder) or number == signal.SIGKILL, what
         counts[f"{signal.Signals(number).name} in {place}"] += 1
+        print(f"{counts.total()}: {what}", file=sys.stderr, flush=True)
 
 
 def interruptions(number, ranks, seed, root):
