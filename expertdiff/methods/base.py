@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -352,7 +352,7 @@ def _plain(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of the libraries that decide the bits of a training."""
-    return {name: version(name) for name in ("expertdiff", "torch", "lightning")}
+    return {"torch": str(torch.__version__), "lightning": lightning.__version__}
 
 
 def device_name(device: torch.device) -> str:
