@@ -123,7 +123,7 @@ def _digest(path: Path, size: int, mtime_ns: int) -> str:
 
 
 def newest(folder: Path) -> Path | None:
-    """The valid checkpoint with the highest step, ``None`` where there is no checkpoint at all.
+    """The valid checkpoint with the highest step, ``None`` where none was ever finished.
 
     Raises:
         ValueError: there are checkpoints, but none is valid.
@@ -137,8 +137,11 @@ def newest(folder: Path) -> Path | None:
             return path
         except ValueError as error:
             warnings.warn(f"skipped: {error}", stacklevel=2)
-    if paths:
-        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is valid: remove them")
+    # Without a record: of a job that was killed in its very first save.
+    if finished := [path for path in paths if _record_path(path).is_file()]:
+        raise ValueError(
+            f"none of the {len(finished)} checkpoints in {folder} is valid: remove them"
+        )
     return None
 
 

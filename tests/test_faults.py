@@ -161,6 +161,14 @@ class TestResume:
         with pytest.warns(UserWarning, match="00000099.ckpt is of step 12, against its name"):
             assert checkpoints.step_of(checkpoints.newest(folder)) == 16
 
+    def test_a_kill_in_the_very_first_save_starts_again(self, root, tmp_path):
+        folder = tmp_path / "tiny" / "expert-0" / "checkpoints"
+        for path in folder.glob("*.json"):
+            path.unlink()
+        with pytest.warns(UserWarning, match="step-00000002.ckpt is unfinished"):
+            assert main(["fit", *TINY, root]) == 0
+        assert checkpoints.newest(folder) is not None
+
 
 class TestNotFinite:
     @pytest.mark.parametrize("window, last", [(2, 8), (50, 4)], ids=["by a line", "by a save"])
