@@ -1,5 +1,7 @@
 """Losses by interval of several bundles of one data set, on the same items, t and noise.
 
+Others are told in per cent over the first:
+
     python tests/bench/losses.py runs/cifar10-dit/bundles/baseline runs/cifar10-remix/bundles/remix
 """
 
