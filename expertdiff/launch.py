@@ -156,8 +156,9 @@ def launch(plan: Plan, parallel: int | None = None) -> Path:
             folder = study.folder / "bundles" / name
             bundle = Bundle.stitch([job.folder for job in sources], folder)
             tests.append(_test_job(study, config, name, bundle))
-    # On a CPU one after another: the first leaves the reference's statistics to the next.
-    at_once = parallel if torch.cuda.is_available() else 1
+    # On a CPU one after another where the first leaves the reference's statistics to the next.
+    alone = study.evaluation.judge.keeps and not torch.cuda.is_available()
+    at_once = 1 if alone else parallel
     untested = [job for job in tests if not _tested(job)]
     for job in untested:  # an old result must not stand beside a new configuration
         (job.folder / "metrics.json").unlink(missing_ok=True)

@@ -101,6 +101,7 @@ class Inception(FeatureExtractor):
     """
 
     metric = "FID"
+    keeps = True
 
     def __init__(
         self,

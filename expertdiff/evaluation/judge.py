@@ -35,10 +35,12 @@ class Judge(Described, nn.Module, ABC):
         metric: the name of the headline number, the first of `distances`.
         estimate: whether it is an estimate that real data bias alike, so that the nearest to their
             number is the best; else the lowest is.
+        keeps: whether it leaves what it computes of real items to the next test, as it takes long.
     """
 
     metric: str
     estimate: bool = False
+    keeps: bool = False
 
     # A signature of its own: `describe` would write down nn.Module's *args and **kwargs.
     def __init__(self) -> None:
