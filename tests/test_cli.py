@@ -310,6 +310,7 @@ LAYERS = [
     {"diffusion", "networks", "checkpoints"},
     {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},
+    {"discriminator"},
     {"methods"},
     {"analysis"},
     {"callbacks", "study", "report"},
@@ -321,7 +322,15 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-WITHOUT_LIGHTNING = {"diffusion", "networks", "experts", "bundle", "checkpoints", "evaluation"}
+WITHOUT_LIGHTNING = {
+    "diffusion",
+    "networks",
+    "experts",
+    "bundle",
+    "checkpoints",
+    "evaluation",
+    "discriminator",
+}
 
 
 def test_imports_point_one_way():

@@ -67,7 +67,9 @@ class LossByInterval(Callback):
             return
         sums, loss = self._sums.tolist(), float(self._loss) / self._batches / len(pl_module.seeds)
         speed = steps / (time.monotonic() - self._began)
-        values = {"train/loss": loss, "steps_per_second": speed} | _by_interval("train", sums)
+        values = {"train/loss": loss, "steps_per_second": speed} | _by_interval(
+            pl_module.error, "train", sums
+        )
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"{pl_module.job} diverged: its loss is {loss} at step {trainer.global_step}; "
@@ -99,18 +101,18 @@ class LossByInterval(Callback):
         sums = trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
         if trainer.state.fn == TrainerFn.VALIDATING:
             if trainer.is_global_zero:
-                for name, value in _by_interval("val", sums).items():
+                for name, value in _by_interval(pl_module.error, "val", sums).items():
                     print(f"{name}: {value:.6f}")
             return
-        _log(trainer, _by_interval("val", sums))
+        _log(trainer, _by_interval(pl_module.error, "val", sums))
         self._began += time.monotonic() - self._validation_began  # no part of the speed
 
 
-def _by_interval(stage: str, sums: list[list[float]]) -> dict[str, float]:
+def _by_interval(error: str, stage: str, sums: list[list[float]]) -> dict[str, float]:
     values = {}
     for i, (mse, vb, count) in enumerate(zip(*sums)):
         if count:
-            values |= {f"{stage}/mse/{i}": mse / count, f"{stage}/vb/{i}": vb / count}
+            values |= {f"{stage}/{error}/{i}": mse / count, f"{stage}/vb/{i}": vb / count}
     return values
 
 

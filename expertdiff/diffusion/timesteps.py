@@ -64,6 +64,28 @@ class Uniform(TimestepSampler):
         return process.times(u, interval), torch.ones(n, device=generator.device)
 
 
+class UniformLogSNR(TimestepSampler):
+    """Every log-SNR of the interval alike."""
+
+    def sample(
+        self,
+        n: int,
+        interval: Interval,
+        generator: torch.Generator,
+        process: NoiseProcess,
+        shared: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:
+        u = torch.rand(n, generator=generator, device=generator.device)
+        return self.at(u, interval, process), torch.ones(n, device=generator.device)
+
+    def at(self, u: Tensor, interval: Interval, process: NoiseProcess) -> Tensor:
+        """The t [n] at fractions u [n] in [0, 1) of the interval's log-SNR, cleanest first."""
+        ends = process.times(torch.tensor([0, 1 - 2**-24], device=u.device), interval)
+        first, last = process.snr(ends).log()
+        # Rounding must not hand a t to the neighbour.
+        return process.at_log_snr(first + u * (last - first)).clamp(*ends.aminmax())
+
+
 class CleanBiased(TimestepSampler):
     """Uniform, but a share of the draws is squeezed into the clean end of the interval.
 

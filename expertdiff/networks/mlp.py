@@ -42,15 +42,16 @@ class Residual(nn.Module):
         return z + self.ff(z.relu())
 
 
-def body(width: int, depth: int, head: int | None) -> nn.Sequential:
+def body(width: int, depth: int, head: int | None, outputs: int = 2) -> nn.Sequential:
     """From the embedding to the prediction [..., 2]: `depth` residual layers, a head of one or two.
 
     Args:
         width: of the residual layers.
         depth: how many.
         head: width of a hidden layer in the head; ``None`` has none.
+        outputs: instead of 2.
     """
-    ends = [width, 2] if head is None else [width, head, 2]
+    ends = [width, outputs] if head is None else [width, head, outputs]
     layers: list[nn.Module] = [nn.Linear(Embedding.size, width)]
     layers += [Residual(width) for _ in range(depth)]
     for inputs, outputs in zip(ends, ends[1:]):
@@ -85,3 +86,22 @@ class MLPDenoiser(Network):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return self.network(self.embedding(x_t, t))
+
+
+class MLPLogit(Network):
+    """A logit of points of the plane [B, 2], for `Discrimination`: the same layers, one output.
+
+    Args:
+        width: of the residual layers.
+        depth: how many.
+        scale: of x1 and x2 in the embedding; the gradient of the logit is the rougher, the larger.
+        T: timesteps of the chain.
+    """
+
+    def __init__(self, width: int = 128, depth: int = 2, scale: float = 10.0, T: int = 100) -> None:
+        super().__init__()
+        self.T, self.embedding = T, Embedding(scale, T)
+        self.network = body(width, depth, None, outputs=1)
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.network(self.embedding(x_t, t)).squeeze(-1)
