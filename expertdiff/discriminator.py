@@ -98,5 +98,5 @@ class RoutedLogit(nn.Module):
         logit = torch.zeros(len(x_t), device=x_t.device)
         for i in owner.unique().tolist():
             mine = owner == i
-            logit[mine] = self.parts[i].output(x_t[mine], t[mine].to(x_t.device), None)
+            logit[mine] = self.parts[i].output(x_t[mine], t[mine].to(x_t.device), None).squeeze(1)
         return logit

@@ -74,7 +74,7 @@ class V(PredictionType):
 
 
 class Logit(PredictionType):
-    """The log-odds [B] that x_t is a noised real item, not a noised generated one: no denoiser's.
+    """The log-odds [B, 1] that x_t is a noised real item, not a noised generated one.
 
     Raises:
         ValueError: asked for x0 and eps, which it does not stand for.

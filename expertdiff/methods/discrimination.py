@@ -53,11 +53,11 @@ class Discrimination(MDM):
         return f"discriminator-{self.expert}"
 
     def made_of(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-        return [()]
+        return [(1,)]
 
     def losses(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Losses, None]:
         x_t = self.process.add_noise(batch.x0, eps, t)
-        logit = self.denoiser.output(x_t, t, None).float()
+        logit = self.denoiser.output(x_t, t, None).squeeze(1).float()
         bce = F.binary_cross_entropy_with_logits(logit, batch.y.float(), reduction="none")
         return Losses(bce, torch.zeros_like(bce)), None
 

@@ -9,9 +9,9 @@ from expertdiff.networks.unet import GroupNorm, ResBlock, conv3x3, zero
 
 
 class ImageLogit(Network):
-    """A logit of images [B, C, H, W], for `Discrimination`: ADM's way down, without attention.
+    """A logit [B, 1] of images [B, C, H, W], for `Discrimination`: ADM's way down.
 
-    A fresh network outputs exactly 0.
+    Without attention. A fresh network outputs exactly 0.
 
     Args:
         image_size: side of the (square) images in pixels.
@@ -62,4 +62,4 @@ class ImageLogit(Network):
         emb, h = self.time_embed(t), self.first(x_t)
         for block in self.blocks:
             h = block(h, emb)
-        return self.out(functional.silu(self.norm(h)).mean((2, 3))).squeeze(1)
+        return self.out(functional.silu(self.norm(h)).mean((2, 3)))

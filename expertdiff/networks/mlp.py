@@ -89,7 +89,7 @@ class MLPDenoiser(Network):
 
 
 class MLPLogit(Network):
-    """A logit of points of the plane [B, 2], for `Discrimination`: the same layers, one output.
+    """A logit [B, 1] of points of the plane [B, 2], for `Discrimination`.
 
     Args:
         width: of the residual layers.
@@ -104,4 +104,4 @@ class MLPLogit(Network):
         self.network = body(width, depth, None, outputs=1)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.network(self.embedding(x_t, t)).squeeze(-1)
+        return self.network(self.embedding(x_t, t))
