@@ -116,12 +116,13 @@ class RealAndGenerated(Data):
             pool = torch.cat(sets)
             pool = pool[torch.from_numpy(permutation(len(pool), "shuffled"))]
             sets = list(pool.split([len(items) for items in sets]))
+        if min(map(len, sets)) < 10:
+            raise ValueError(
+                f"{self.generated} or the real data have fewer than 10 items, of which no tenth "
+                "can be held out: give more"
+            )
         sets = [_side(items, name) for items in sets]
         n = max(map(len, sets))
-        if min(map(len, sets)) == 0:
-            raise ValueError(
-                f"{self.generated} or the real data have fewer than 10 items: add some"
-            )
         even = [items[torch.arange(n) % len(items)] for items in sets]
         return torch.stack(even, dim=1).flatten(0, 1), torch.tensor([1, 0]).repeat(n)
 
