@@ -94,11 +94,11 @@ class MLPLogit(Network):
     Args:
         width: of the residual layers.
         depth: how many.
-        scale: of x1 and x2 in the embedding; the gradient of the logit is the rougher, the larger.
+        scale: of x1 and x2 in the embedding; the larger, the rougher is the gradient of the logit.
         T: timesteps of the chain.
     """
 
-    def __init__(self, width: int = 128, depth: int = 2, scale: float = 10.0, T: int = 100) -> None:
+    def __init__(self, width: int = 128, depth: int = 2, scale: float = 1.0, T: int = 100) -> None:
         super().__init__()
         self.T, self.embedding = T, Embedding(scale, T)
         self.network = body(width, depth, None, outputs=1)
