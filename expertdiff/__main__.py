@@ -1,7 +1,23 @@
-"""``python -m expertdiff``."""
+"""``expertdiff`` and ``python -m expertdiff``."""
 
 import sys
 
-from expertdiff.cli import main
+from expertdiff.status import status
 
-sys.exit(main())
+
+def main() -> int:
+    """Runs one verb; returns the exit code."""
+    if sys.argv[1:2] != ["status"]:
+        from expertdiff.cli import main
+
+        return main()
+    try:  # answers within a second: torch and Lightning alone take longer to import
+        status(sys.argv[2:])
+    except (ValueError, OSError) as error:
+        print(f"expertdiff: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

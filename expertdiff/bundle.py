@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from expertdiff import checkpoints
@@ -20,8 +20,10 @@ from expertdiff.describe import build, differences
 from expertdiff.diffusion.denoiser import Denoiser, NetworkDenoiser, PredictionType
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import NoiseProcess
+from expertdiff.experts.lazy import LazyExpert, Slot
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.files import read_json, replacing, sha256_of, write_json
+from expertdiff.int8 import SCALE, quantized
 from expertdiff.networks.network import Network
 
 PREFIX = "denoiser.network."
@@ -55,7 +57,8 @@ class Expert:
 
     def denoiser(self) -> NetworkDenoiser:
         """It alone, on the CPU, in evaluation mode."""
-        return _denoiser(self.identity, self.weights, self.path).eval().requires_grad_(False)
+        network = _network(self.identity["network"], self.weights, self.path)
+        return _denoiser(self.identity, network).eval().requires_grad_(False)
 
     @classmethod
     def read(cls, source: Path, seed: int | None = None) -> "Expert":
@@ -114,7 +117,12 @@ class Expert:
 
     @classmethod
     def _from_bundle(cls, path: Path) -> "Expert":
-        manifest = _read_manifest(path.parent)
+        manifest = read_manifest(path.parent)
+        if "quantized_from" in manifest:
+            raise ValueError(
+                f"{path} holds rounded weights, from which nothing is made: take the file of "
+                f"{manifest['quantized_from']['path']}"
+            )
         for entry in manifest["experts"]:
             if entry["file"] == path.name:
                 weights = _read_weights(path.parent, entry)
@@ -149,23 +157,29 @@ class Bundle:
         """Labels are in [0, num_classes); ``None`` for an unconditional model."""
         return classes_of(self.denoiser)
 
+    @property
+    def weights(self) -> str:
+        """What its files hold; loaded, all weights are float32."""
+        return "int8" if "quantized_from" in self.manifest else "float32"
+
     @classmethod
-    def load(cls, folder: Path) -> "Bundle":
+    def load(cls, folder: Path, lazy: bool = False) -> "Bundle":
         """The bundle in `folder`, on the CPU, in evaluation mode.
+
+        Args:
+            folder: where it lies.
+            lazy: keep one expert in memory and the next one coming, instead of all; the results
+                are the same. A file that changes is verified again before it is used again.
 
         Raises:
             ValueError: damaged, incomplete, or holding pickles; the sentence names the file.
         """
         folder = Path(folder)
-        manifest = _read_manifest(folder)
-        shared, partition = manifest["shared"], Partition(manifest["partition"])
-        denoisers: dict[str, Denoiser] = {}
-        for entry in manifest["experts"]:
-            if (file := entry["file"]) not in denoisers:
-                weights = _read_weights(folder, entry)
-                denoisers[file] = _denoiser(shared, weights, folder / file)
-        experts = [denoisers[entry["file"]] for entry in manifest["experts"]]
-        denoiser = experts[0] if len(denoisers) == 1 else RoutedExperts(experts, partition)
+        manifest = read_manifest(folder)
+        several = len({entry["file"] for entry in manifest["experts"]}) > 1
+        experts = (_lazy_experts if lazy and several else _resident_experts)(folder, manifest)
+        partition = Partition(manifest["partition"])
+        denoiser = RoutedExperts(experts, partition) if several else experts[0]
         return cls(denoiser.eval().requires_grad_(False), manifest, folder)
 
     @classmethod
@@ -191,8 +205,7 @@ class Bundle:
             ValueError: the experts do not fit together, or leave or share an interval.
         """
         output = Path(output)
-        if output.exists() and not (output / "manifest.json").is_file() and any(output.iterdir()):
-            raise ValueError(f"{output} holds something else than a bundle: choose another folder")
+        _check_output(output)
         experts = [Expert.read(source, seed) for source in sources]
         if not experts:
             raise ValueError("no expert was given: name at least one training run")
@@ -227,11 +240,50 @@ class Bundle:
             "shared": shared,
             "experts": entries,
         }
-        write_json(output / "manifest.json", manifest)
-        for left in output.glob("*.safetensors"):
-            if left.name not in files.values():
+        return cls._written(output, manifest)
+
+    @classmethod
+    def quantize(cls, source: Path, output: Path) -> "Bundle":
+        """Writes and loads the bundle `source` with weights in int8, a quarter of its size.
+
+        Args:
+            source: the bundle's folder.
+            output: the new bundle's folder; replaced when it holds a bundle.
+
+        Raises:
+            ValueError: the source is damaged, or rounded already, or there is no room for another.
+        """
+        source, output = Path(source), Path(output)
+        manifest = read_manifest(source)
+        if "quantized_from" in manifest:
+            raise ValueError(
+                f"{source} is rounded already: give {manifest['quantized_from']['path']}"
+            )
+        if output.resolve() == source.resolve():
+            raise ValueError(f"{output} would take the place of its source: choose another folder")
+        _check_output(output)
+        network = build(manifest["shared"]["network"], Network)
+        digests: dict[str, str] = {}
+        for entry in manifest["experts"]:
+            if (file := entry["file"]) not in digests:
+                weights = _read_weights(source, entry)
+                with replacing(output / file) as temporary:
+                    about = {"identity": json.dumps(entry["identity"])}
+                    save_file(quantized(network, weights), temporary, about)
+                digests[file] = sha256_of(output / file)
+        experts = [entry | {"sha256": digests[entry["file"]]} for entry in manifest["experts"]]
+        origin = {"path": str(source), "manifest_sha256": sha256_of(source / "manifest.json")}
+        return cls._written(output, manifest | {"experts": experts, "quantized_from": origin})
+
+    @classmethod
+    def _written(cls, folder: Path, manifest: dict[str, Any]) -> "Bundle":
+        """The bundle of this manifest, whose files have been written."""
+        write_json(folder / "manifest.json", manifest)
+        files = [entry["file"] for entry in manifest["experts"]]
+        for left in folder.glob("*.safetensors"):
+            if left.name not in files:
                 left.unlink()
-        return cls.load(output)
+        return cls.load(folder)
 
 
 def classes_of(denoiser: Denoiser) -> int | None:
@@ -239,19 +291,64 @@ def classes_of(denoiser: Denoiser) -> int | None:
     return next(net.num_classes for net in denoiser.modules() if isinstance(net, Network))
 
 
-def _denoiser(identity: dict[str, Any], weights: dict[str, Tensor], path: Path) -> NetworkDenoiser:
-    network = _network(identity["network"], weights, path)
+def _denoiser(identity: dict[str, Any], network: Network) -> NetworkDenoiser:
     process = build(identity["process"], NoiseProcess)
     return NetworkDenoiser(network, process, build(identity["prediction"], PredictionType))
 
 
 def _network(description: dict[str, Any], weights: dict[str, Tensor], path: Path) -> Network:
     network = build(description, Network)
+    _check_fit(network, weights, path)
+    network.load_state_dict(weights)
+    return network
+
+
+def _check_fit(network: Network, weights: dict[str, Tensor], path: Path) -> None:
     try:
-        network.load(weights)
+        network.check(weights)
     except ValueError as error:
         raise ValueError(f"{path} does not fit its network: {error}") from error
-    return network
+
+
+def _resident_experts(folder: Path, manifest: dict[str, Any]) -> list[Denoiser]:
+    """The expert of each interval; one and the same where their file is."""
+    shared = manifest["shared"]
+    experts: dict[str, Denoiser] = {}
+    for entry in manifest["experts"]:
+        if (file := entry["file"]) not in experts:
+            weights = _read_weights(folder, entry)
+            network = _network(shared["network"], weights, folder / file)
+            experts[file] = _denoiser(shared, network)
+    return [experts[entry["file"]] for entry in manifest["experts"]]
+
+
+def _lazy_experts(folder: Path, manifest: dict[str, Any]) -> list[Denoiser]:
+    """The expert of each interval, all in one network; the noisiest is the first there."""
+    shared = manifest["shared"]
+    network = build(shared["network"], Network)
+    entries = {entry["file"]: entry for entry in reversed(manifest["experts"])}
+    verified: dict[str, tuple[int, int]] = {}
+
+    def read(file: str) -> dict[str, Tensor]:
+        path = folder / file
+        state = path.stat() if path.is_file() else None
+        stamp = (state.st_ino, state.st_ctime_ns) if state else None
+        if stamp and stamp == verified.get(file):  # verifying takes longer than reading
+            return _tensors(path)
+        weights = _read_weights(folder, entries[file])
+        _check_fit(network, weights, path)
+        verified[file] = stamp
+        return weights
+
+    for file in reversed(entries):  # all are refused now, not after hours
+        network.load_state_dict(read(file))  # at once, so that never two wait beside it
+    files = [entry["file"] for entry in manifest["experts"]]
+    slot = Slot(_denoiser(shared, network), files, read)
+    experts: list[Denoiser] = []
+    for i, file in enumerate(files):
+        same = i > 0 and file == files[i - 1]
+        experts.append(experts[-1] if same else LazyExpert(slot, i))
+    return experts
 
 
 def _check_weights(path: Path, weights: dict[str, Tensor]) -> None:
@@ -305,7 +402,13 @@ def _owners(experts: Sequence[Expert], partition: Partition) -> list[Expert]:
     return owners
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def _check_output(folder: Path) -> None:
+    if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
+        raise ValueError(f"{folder} holds something else than a bundle: choose another folder")
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What the bundle in `folder` is; raises a ValueError where this is not known for sure."""
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"{folder} is not a bundle: it has no manifest.json; make one with stitch")
     for path in sorted(folder.iterdir()):
@@ -343,8 +446,25 @@ def _read_weights(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     if sha256_of(path) != entry["sha256"]:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the manifest's; stitch it again")
     try:
-        weights = load_file(path)
+        weights = _tensors(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: stitch the bundle again") from error
     _check_weights(path, weights)
+    return weights
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The weights of a file in float32; copies, which no later change of the file reaches."""
+    with safe_open(path, "pt") as file:
+        names = list(file.keys())
+    scales = {name + SCALE for name in names}.intersection(names)
+    weights = {}
+    for first in range(0, len(names), 32):
+        # Opened anew, or in the end the whole file would be in memory beside the copies.
+        with safe_open(path, "pt") as file:
+            for name in names[first : first + 32]:
+                if name + SCALE in scales:
+                    weights[name] = file.get_tensor(name) * file.get_tensor(name + SCALE)
+                elif name not in scales:
+                    weights[name] = file.get_tensor(name).clone()
     return weights

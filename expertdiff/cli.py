@@ -17,17 +17,18 @@ from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.expert_cli import ExpertCLI, Parser
 from expertdiff.jobs import INTERRUPTED
 from expertdiff.measure import measure
+from expertdiff.status import status
 from expertdiff.studies.combinations import combinations
 from expertdiff.studies.compare import compare
 from expertdiff.studies.convergence import convergence
 from expertdiff.tables.dualdiff import table
-from expertdiff.verbs import export, likelihood, report, sample, stitch
+from expertdiff.verbs import export, likelihood, quantize, report, sample, stitch
 
 VERBS: dict[str, Callable[..., None]] = {
     verb.__name__: verb
     for verb in (
-        stitch, sample, measure, export, latents, likelihood, report, consistency, convergence,
-        combinations, compare, table,
+        stitch, sample, measure, quantize, export, latents, likelihood, report, consistency,
+        convergence, combinations, compare, table,
     )
 }  # fmt: skip
 
@@ -35,8 +36,9 @@ VERBS: dict[str, Callable[..., None]] = {
 PARSED: dict[str, Callable[[Sequence[str]], None]] = {
     "launch": launch_study,
     "intervals": intervals,
+    "status": status,
 }
-"""Verbs that take a configuration of `fit`."""
+"""Verbs with a parser of their own."""
 
 
 def run_verb(function: Callable[..., None], args: Sequence[str]) -> None:
@@ -61,6 +63,7 @@ HELP = """usage: expertdiff VERB [options]
 Trains, stitches, compares and samples multi-expert diffusion models.
 
   launch    train every expert of a config (and a baseline), stitch, test, report
+  status    how the jobs of a study go: steps, speed, loss, time left, state in the queue
   fit       train one job: an expert, or a single network
   validate  losses by interval of a trained job
   test      draw images from a bundle and measure their distance from real ones
@@ -68,6 +71,7 @@ Trains, stitches, compares and samples multi-expert diffusion models.
   stitch    make one model (a bundle) of trained experts
   sample    draw from a bundle: images (a PNG grid and an .npz) or points (a picture and a .csv)
   measure   compare a file of images with real ones, or with published statistics
+  quantize  write a bundle once more with weights in int8, a quarter of its size
   export    write the experts of a bundle as plain networks, with the keys of ADM and DiT
   latents   encode images once with an autoencoder, for a latent model
   report    write the page of a study
@@ -99,7 +103,12 @@ def main(args: Sequence[str] | None = None) -> int:
     # Lightning's advertisements and notes on its defaults.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     # Of Lightning and jsonargparse about each other and torch; nothing a user could mend.
-    for message in (".*LeafSpec.*", ".*does not have many workers.*", ".*ddp_comm_hook.*"):
+    for message in (
+        ".*LeafSpec.*",
+        ".*does not have many workers.*",
+        ".*ddp_comm_hook.*",
+        ".*`srun`.*",
+    ):
         warnings.filterwarnings("ignore", message=message)
     try:
         if verb in ExpertCLI.subcommands():

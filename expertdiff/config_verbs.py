@@ -6,10 +6,11 @@ from pathlib import Path
 
 from expertdiff.analysis.intervals import IntervalMethod, Selection, every, select
 from expertdiff.bundle import Bundle
+from expertdiff.cluster import SCRIPTS
 from expertdiff.evaluation.kinds import kind
 from expertdiff.expert_cli import ConfigOnly, Parser, classes_for
 from expertdiff.files import read_json
-from expertdiff.launch import launch
+from expertdiff.launch import Plan, launch, plan, submit
 from expertdiff.methods.discrimination import Discrimination
 
 
@@ -29,15 +30,31 @@ def launch_study(args: Sequence[str]) -> None:
         metavar="JSON",
         help="intervals, as `expertdiff intervals` writes them (default: those of the config)",
     )
+    parser.add_argument(
+        "--slurm",
+        type=Path,
+        nargs="?",
+        const=SCRIPTS / "site.sh",
+        metavar="SITE",
+        help="submit the jobs to a SLURM cluster, whose settings are in this copy of slurm/site.sh",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --slurm: only print the commands"
+    )
     ours, rest = parser.parse_known_args(args)
+    if ours.dry_run and not ours.slurm:
+        raise ValueError("--dry-run prints what --slurm would submit: give both")
     if ours.partition:
         rest += ["--model.partition.edges", str(edges_of(ours.partition))]
-    cli = ConfigOnly([*layers(ours.config), *rest])
-    launch_config(cli, ours.parallel)
+    planned = plan_config(ConfigOnly([*layers(ours.config), *rest]), ours.parallel)
+    if ours.slurm:
+        submit(planned, ours.slurm, ours.parallel, ours.dry_run)
+    else:
+        launch(planned, ours.parallel)
 
 
-def launch_config(cli: ConfigOnly, parallel: int | None) -> Path:
-    """Launches a study of this configuration."""
+def plan_config(cli: ConfigOnly, parallel: int | None) -> Plan:
+    """The study of this configuration."""
     if isinstance(cli.model, Discrimination):
         raise ValueError(
             "a discriminator draws nothing that a launch could judge: train it with expertdiff fit"
@@ -53,7 +70,7 @@ def launch_config(cli: ConfigOnly, parallel: int | None) -> Path:
     if evaluation:  # what a test would refuse is refused before the training
         evaluation.check(kind(data), "the model")
         evaluation.guided(cli.model.denoiser, data)
-    return launch(cli.study, config, data, cli.model.job, parallel)
+    return plan(cli.study, config, data, cli.model.job, parallel)
 
 
 def layers(configs: Sequence[str]) -> list[str]:
@@ -157,7 +174,7 @@ def compare_choices(
         clis.append(ConfigOnly([*layers(ours.config), *rest, *laid]))
         clis[-1].study.budgets(choice.partition)  # refused before any are trained
     for cli in clis:
-        launch_config(cli, ours.parallel)
+        launch(plan_config(cli, ours.parallel), ours.parallel)
     folders = [cli.study.folder for cli in clis]
     first = read_json(folders[0] / "tests/baseline/metrics.json")
     results = [("baseline", first)]

@@ -15,18 +15,21 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 # The imports that look unused make the bare names of their classes known to the command line.
+import expertdiff.callbacks.momentum
 import expertdiff.data
 import expertdiff.diffusion.guidance
 import expertdiff.discriminator
 import expertdiff.evaluation.cloud
 import expertdiff.evaluation.inception
 import expertdiff.experts.gated
+import expertdiff.experts.multistage
 import expertdiff.experts.remixed
 import expertdiff.methods.discrimination
 import expertdiff.methods.dualdiff
 import expertdiff.methods.mdm
 import expertdiff.methods.remix
 import expertdiff.methods.single
+import expertdiff.methods.uncertainty
 import expertdiff.networks.ddpmpp
 import expertdiff.networks.dit
 import expertdiff.networks.encoder
@@ -37,6 +40,7 @@ from expertdiff.analysis.intervals import IntervalMethod
 from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted
 from expertdiff.callbacks.ema import EMA
 from expertdiff.callbacks.gates import GateMap
+from expertdiff.callbacks.losses import LossByExpert
 from expertdiff.callbacks.mixing import MixingMap
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
@@ -105,7 +109,13 @@ class ExpertCLI(LightningCLI):
                 "val_check_interval": 1000,
                 "log_every_n_steps": 50,
                 "logger": [{"class_path": "JsonLines"}, {"class_path": "WandB"}],
-                "callbacks": [LossByInterval(), DenoisingGrid(), GateMap(), MixingMap()],
+                "callbacks": [
+                    LossByInterval(),
+                    DenoisingGrid(),
+                    GateMap(),
+                    MixingMap(),
+                    LossByExpert(),
+                ],
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,

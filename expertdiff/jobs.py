@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from expertdiff import checkpoints
 from expertdiff.files import write_text
-from expertdiff.loggers import read_metrics
+from expertdiff.metrics import Progress
 
 INTERRUPTED = 75
 """Exit code of a job that stopped on request and can be resumed (EX_TEMPFAIL)."""
@@ -50,9 +50,13 @@ class Job:
         """Everything it prints."""
         return self.folder / "log.txt"
 
+    def write(self) -> None:
+        """Writes what `command` runs with."""
+        write_text(self.folder / "job.yaml", yaml.safe_dump(self.config, sort_keys=False))
+
     def start(self, environment: dict[str, str]) -> None:
         """Starts the process, in a session of its own: only we pass signals on to it."""
-        write_text(self.folder / "job.yaml", yaml.safe_dump(self.config, sort_keys=False))
+        self.write()
         log: TextIO
         with open(self.log, "a", encoding="utf-8") as log:
             self.process = subprocess.Popen(
@@ -63,14 +67,6 @@ class Job:
                 env=os.environ | environment,
                 start_new_session=True,
             )
-
-    def progress(self) -> tuple[int, str]:
-        """The step it has reached, and a word about how it goes."""
-        lines = read_metrics(self.folder / "metrics.jsonl", last=8192)
-        words = []
-        for key, text in (("train/loss", "loss {:.4f}"), ("steps_per_second", "{:.1f} it/s")):
-            words += [text.format(line[key]) for line in reversed(lines) if key in line][:1]
-        return max((line["step"] for line in lines), default=0), ", ".join(words)
 
     def why(self, lines: int = 5) -> str:
         """The last lines of its log."""
@@ -189,7 +185,8 @@ class Display:
 
     def update(self, job: Job, code: int | None) -> None:
         """Shows where a job is; `code` is its exit code once it has ended."""
-        step, word = job.progress()
+        progress = Progress.of(job.folder)
+        step, word = progress.step, progress.words
         if code is not None:
             word = "done" if code == 0 else f"FAILED ({code})"
         if bar := self.bars.get(job.name):

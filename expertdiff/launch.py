@@ -1,9 +1,11 @@
-"""Launch a study on this machine: every job its own process; then stitch, test and report.
+"""Launch a study: every job its own process; then stitch, test and report.
 
-Safe to run again: finished work is kept, unfinished work goes on from its checkpoints.
+On this machine, or on a SLURM cluster. Safe to run again: finished work is kept, unfinished work
+goes on from its checkpoints.
 """
 
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +14,84 @@ import yaml
 
 from expertdiff.budgets import Adaptive, Budget, as_budget
 from expertdiff.bundle import Bundle
+from expertdiff.cluster import Submission, queue
 from expertdiff.describe import build, describe, differences
 from expertdiff.diffusion.partition import Partition
 from expertdiff.evaluation.judge import Judge
 from expertdiff.files import read_json, sha256_of, write_json, write_text
-from expertdiff.jobs import Job, run, train
+from expertdiff.jobs import Job, finished, run, train
 from expertdiff.report import write_report
-from expertdiff.report.study import BASELINE, SHARED
+from expertdiff.report.dashboard import dashboard
+from expertdiff.report.study import BASELINE, SHARED, read_study
+from expertdiff.report.verdict import missing
 from expertdiff.rounds import Rounds
 from expertdiff.study import Study
 
 
-def launch(
+@dataclass
+class Plan:
+    """The training jobs of a study, all accepted, none started.
+
+    Attributes:
+        study: names, folders, budgets.
+        config: the resolved configuration of ``fit``; plain data.
+        first: the job that the experts start from, if there is one.
+        parts: the experts, cleanest first.
+        whole: networks of the whole chain.
+        record: the content of ``study.json``.
+        rounds: who trains the experts of an adaptive budget.
+    """
+
+    study: Study
+    config: dict[str, Any]
+    first: list[Job]
+    parts: list[Job]
+    whole: list[Job]
+    record: dict[str, Any]
+    rounds: Rounds | None
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All, in the order of ``jobs.txt``: expert i is the i-th."""
+        return self.parts + self.first + self.whole
+
+    def write(self) -> None:
+        """Writes down the study, from which it can be launched and submitted."""
+        write_json(self.study.folder / "study.json", self.record)
+        config = yaml.safe_dump(self.config, sort_keys=False)
+        write_text(self.study.folder / "config.yaml", config)
+        names = "".join(f"{job.name}\n" for job in self.jobs)
+        write_text(self.study.folder / "jobs.txt", names)
+
+    def reported(self) -> bool:
+        """Whether there is a report of all that this study asks for."""
+        folder = self.study.folder
+        return (
+            (folder / "report.html").is_file()
+            and read_json(folder / "study.json") == self.record
+            and not missing(read_study(folder))
+        )
+
+
+def plan(
     study: Study,
     config: dict[str, Any],
     data: dict[str, Any],
     job: str,
     parallel: int | None = None,
-) -> Path:
-    """Trains every job of a study that is not finished, then stitches, tests and reports.
+) -> Plan:
+    """The jobs of a study; nothing is written yet.
 
     Args:
         study: names, folders, budgets.
         config: the resolved configuration of ``fit``; plain data.
         data: what the training data are (`Data.identity`).
         job: the name of the only job, where the method trains the whole chain in one.
-        parallel: jobs at a time; by default one a GPU, or one a CPU core.
-
-    Returns:
-        The path of the report.
+        parallel: jobs at a time, for the rounds of an adaptive budget.
 
     Raises:
         ValueError: the folder holds another study, nothing says how the models are to be judged,
             or several seeds are to be trained in one job.
-        SystemExit: a job failed or was interrupted; the code is that of the job.
     """
     arguments = config["model"]["init_args"]
     partition = build(arguments["partition"], Partition)
@@ -63,33 +109,46 @@ def launch(
     experts = "expert" in arguments
     if study.shared:
         _check_shared(study, config, experts)
-    jobs = []
+    first, parts, whole = [], [], []
     if experts:
         if study.shared:
-            jobs.append(_fit_job(study, config, SHARED, study.shared, "Shared"))
+            first.append(_fit_job(study, config, SHARED, study.shared, "Shared"))
         for i, steps in enumerate(study.budgets(partition)):
-            jobs.append(_fit_job(study, config, f"expert-{i}", steps, expert=i))
+            parts.append(_fit_job(study, config, f"expert-{i}", steps, expert=i))
         if study.baseline:
-            jobs.append(_fit_job(study, config, BASELINE, study.iterations))
+            whole.append(_fit_job(study, config, BASELINE, study.iterations))
     else:
-        jobs.append(_fit_job(study, config, job, study.iterations))
-    record = _record(study, config, data, partition, jobs)
+        whole.append(_fit_job(study, config, job, study.iterations))
+    record = _record(study, config, data, partition, first + parts + whole)
     rounds = None
     if experts and isinstance(budget, Adaptive):
         rounds = Rounds(study, config, record["settings"], budget, partition, parallel)
-    write_json(study.folder / "study.json", record)  # all has been accepted
+    return Plan(study, config, first, parts, whole, record, rounds)
 
-    first = [job for job in jobs if job.name == SHARED]
-    parts = [job for job in jobs if job.name.startswith("expert-")]
-    whole = [job for job in jobs if job not in first + parts]
-    train(first, parallel)  # the experts wait for it
-    if rounds:
-        rounds.train(parts)
-        train(whole, parallel)  # after the rounds, none of which has to wait for it
+
+def launch(plan: Plan, parallel: int | None = None) -> Path:
+    """Trains every job of a study that is not finished, then stitches, tests and reports.
+
+    Args:
+        plan: the study.
+        parallel: jobs at a time; by default one a GPU, or one a CPU core.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        SystemExit: a job failed or was interrupted; the code is that of the job.
+    """
+    study, config = plan.study, plan.config
+    plan.write()
+    train(plan.first, parallel)  # the experts wait for it
+    if plan.rounds:
+        plan.rounds.train(plan.parts)
+        train(plan.whole, parallel)  # after the rounds, none of which has to wait for it
     else:
-        train(parts + whole, parallel)
+        train(plan.parts + plan.whole, parallel)
 
-    trained = {"stitched": parts} | {job.name: [job] for job in whole}
+    trained = {"stitched": plan.parts} | {job.name: [job] for job in plan.whole}
     tests = []
     for name, sources in trained.items():
         if sources:
@@ -103,8 +162,58 @@ def launch(
         (job.folder / "metrics.json").unlink(missing_ok=True)
     run(untested, at_once)
     report = write_report(study.folder)
+    dashboard(study.folder, config["trainer"]["logger"])
     print(f"report: {report}")
     return report
+
+
+def submit(plan: Plan, site: Path, parallel: int | None = None, dry_run: bool = False) -> None:
+    """Sends every job of a study that is not finished to a SLURM cluster; prints their ids.
+
+    Args:
+        plan: the study.
+        site: the file of the cluster's settings.
+        parallel: training jobs at a time; by default as many as the cluster has room for.
+        dry_run: print the commands instead, and write nothing.
+
+    Raises:
+        ValueError: jobs of the study are in the queue, the experts' budget is decided in rounds,
+            or SLURM refuses.
+    """
+    folder = plan.study.folder
+    if plan.rounds:
+        raise ValueError(
+            "an Adaptive budget is decided in rounds, which no queue waits for: launch the study "
+            "without --slurm inside one job, or give study.budget in numbers"
+        )
+    submission = Submission(folder, site, dry_run)
+    if waiting := queue(folder):
+        ids = " ".join(job.id for job in waiting)
+        raise ValueError(
+            f"{folder} has {len(waiting)} jobs in the queue: wait for them (expertdiff status "
+            f"{folder}), or cancel them with `scancel {ids}`"
+        )
+    unfinished = [job for job in plan.jobs if not finished(job)]
+    if not unfinished and plan.reported():
+        print(f"finished before: {folder / 'report.html'}")
+        return
+    if not dry_run:
+        plan.write()
+        for job in unfinished:
+            job.write()
+    places = {job.name: k for k, job in enumerate(plan.jobs)}
+    # An expert waits for the job that it starts from; all others for nothing.
+    groups = [
+        [job for job in unfinished if (job in plan.first) is first] for first in (True, False)
+    ]
+    ids: list[str] = []
+    for group in filter(None, groups):
+        ids.append(submission.train([places[job.name] for job in group], parallel, ids))
+        if not dry_run:
+            print(f"submitted {ids[-1]}: {', '.join(job.name for job in group)}")
+    evaluation = submission.evaluate(ids)
+    if not dry_run:
+        print(f"submitted {evaluation}: evaluation\nhow it goes: expertdiff status {folder}")
 
 
 def _check_shared(study: Study, config: dict[str, Any], experts: bool) -> None:

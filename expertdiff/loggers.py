@@ -1,18 +1,26 @@
-"""Where numbers go: one JSON line a step beside the run, and Weights & Biases."""
+"""Where numbers and pictures go: JSON lines beside the run, W&B, TensorBoard, CSV."""
 
 import json
 import netrc
 import os
 import secrets
-import warnings
+import tempfile
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+import numpy as np
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from PIL import Image
 
 from expertdiff.files import write_text
+from expertdiff.metrics import read_metrics
+
+PATIENCE = 10
+"""Seconds that W&B's service has for its answer before a run is kept offline."""
 
 
 class StudyLogger(ABC):
@@ -72,59 +80,36 @@ class JsonLines(Logger, StudyLogger):
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
-def read_metrics(path: Path, last: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics file; one torn by a kill is left out.
-
-    Args:
-        path: the file; none has no lines.
-        last: read about this many bytes from the end only.
-    """
-    if not path.is_file():
-        return []
-    with open(path, "rb") as file:
-        cut = last is not None and path.stat().st_size > last
-        if cut:
-            file.seek(-last, os.SEEK_END)
-        texts = file.read().splitlines()[cut:]
-    lines = []
-    for text in texts:
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
-
-
 class WandB(WandbLogger, StudyLogger):
     """Weights & Biases that never prompts, and goes offline where it cannot start online.
 
     Online only with an account (``WANDB_API_KEY`` or a `wandb login`) and a network; otherwise the
-    run is kept offline in the run's folder, and `wandb sync` uploads it later.
+    run is kept offline in the run's folder, and `wandb sync` uploads it later. ``WANDB_MODE`` is
+    obeyed. Where W&B can write nothing at all, training goes on without it.
 
     Args:
         project: the W&B project.
-        mode: ``auto`` is online with an account, else offline.
+        offline: even with an account.
         tags: of every run.
     """
 
     def __init__(
-        self,
-        project: str = "expertdiff",
-        mode: Literal["auto", "online", "offline"] = "auto",
-        tags: list[str] | None = None,
+        self, project: str = "expertdiff", offline: bool = False, tags: list[str] | None = None
     ) -> None:
         import wandb
 
-        if mode == "auto":
-            mode = "online" if _has_account() else "offline"
+        mode = os.environ.get("WANDB_MODE", "online")
+        if mode == "online" and (offline or not _has_account()):
+            mode = "offline"
         super().__init__(
             project=project,
-            offline=mode == "offline",
+            mode=mode,  # Lightning's `offline` would set WANDB_MODE for the whole process
             tags=tags,
-            settings=wandb.Settings(init_timeout=20, silent=True, console="off"),
+            settings=wandb.Settings(init_timeout=PATIENCE, silent=True, console="off"),
         )
         self._wandb_init.pop("anonymous", None)  # Lightning sets it, W&B warns of it
 
+    @rank_zero_only
     def attach(self, folder: Path, study: str, job: str) -> None:
         # The id is kept, so that a dashboard shows one run a job over restarts; and it is drawn,
         # so that studies of one name on two machines stay apart.
@@ -137,22 +122,84 @@ class WandB(WandbLogger, StudyLogger):
         self._save_dir, self._name, self._id = run["dir"], run["name"], run["id"]
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
+        """The W&B run."""
+        if self._experiment is None:
+            self._start()
+        return super().experiment
+
+    def _start(self) -> None:
+        """Starts the run: offline, or a mute one, where no better can be had."""
+        import wandb
+
         try:
-            return super().experiment
-        except Exception as error:  # whatever the service says, training goes on
-            if self._offline:
-                raise
-            warnings.warn(f"W&B is offline ({error}); `wandb sync` uploads later", stacklevel=2)
-            self._offline, self._wandb_init["mode"] = True, "offline"
-            return super().experiment
+            folder = Path(self._save_dir) / "wandb"
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):  # W&B would write elsewhere, and not say so
+                pass
+        except OSError as error:
+            rank_zero_warn(f"training goes on without W&B, which cannot write: {error}")
+            self._wandb_init["mode"] = "disabled"
+        for worse in ("offline", "disabled"):
+            try:
+                run = super().experiment
+                break
+            except Exception as error:  # whatever the service says, training goes on
+                wandb.teardown()  # or the service would call the run's id in use
+                rank_zero_warn(f"W&B is {worse} for this run: {' '.join(str(error).split())}")
+                self._wandb_init["mode"] = worse
+        else:
+            run = super().experiment
+        run.define_metric("seconds", hidden=True)  # an axis to choose, no curve to look at
 
 
 def _has_account() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
     try:
-        hosts = netrc.netrc().hosts
+        hosts = netrc.netrc(os.environ.get("NETRC")).hosts
     except (OSError, netrc.NetrcParseError):
         return False
     return any("wandb" in host for host in hosts)
+
+
+class TensorBoard(TensorBoardLogger, StudyLogger):
+    """TensorBoard's event files in ``<run>/tensorboard``; every start of a run adds one.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            super().__init__(".", name="", version="tensorboard", default_hp_metric=False)
+        except ModuleNotFoundError:
+            raise ValueError(
+                "TensorBoard is not installed: pip install tensorboard, or choose the logger CSV"
+            ) from None
+
+    def attach(self, folder: Path, study: str, job: str) -> None:
+        self._root_dir = str(folder)
+
+
+class CSV(CSVLogger, StudyLogger):
+    """``<run>/csv/version_<n>/metrics.csv``: of every start its own, so that none is deleted."""
+
+    def __init__(self) -> None:
+        super().__init__(".", name="csv", flush_logs_every_n_steps=1)
+
+    def attach(self, folder: Path, study: str, job: str) -> None:
+        self._root_dir = self._save_dir = str(folder)
+
+
+def log_picture(loggers: Sequence[Logger], key: str, path: Path, step: int | None = None) -> None:
+    """Shows a PNG as ``pictures/<key>`` in the loggers that show pictures."""
+    key = f"pictures/{key}"
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key, [str(path)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            logger.experiment.add_image(key, pixels, step, dataformats="HWC")

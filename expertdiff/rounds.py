@@ -12,7 +12,7 @@ from expertdiff.describe import build
 from expertdiff.diffusion.partition import Partition
 from expertdiff.files import read_json, write_json
 from expertdiff.jobs import Job, train
-from expertdiff.loggers import read_metrics
+from expertdiff.metrics import read_metrics
 from expertdiff.study import Study
 
 

@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from expertdiff.bundle import Bundle
+from expertdiff.bundle import Bundle, read_manifest
 from expertdiff.data.base import Data
 from expertdiff.devices import default_device
 from expertdiff.diffusion.denoiser import Denoiser
@@ -17,6 +17,7 @@ from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.samplers import Sampler
 from expertdiff.evaluation.kinds import kind
 from expertdiff.evaluation.likelihood import bits_per_dimension, log_likelihood
+from expertdiff.experts.multistage import MultiStage
 from expertdiff.experts.remixed import Remixed
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.files import replacing, write_json
@@ -57,6 +58,7 @@ def sample(
     guidance: Guidance | None = None,
     batch_size: int | None = None,
     precision: str = "32-true",
+    lazy: bool = False,
     output: Path | None = None,
 ) -> None:
     """Draw from a bundle: images as a PNG grid and an .npz, points as a picture and a .csv.
@@ -70,10 +72,11 @@ def sample(
             ``Discriminator --guidance.path DIR --guidance.weight 1``; by default none.
         batch_size: samples at a time, does not change them; by default 64 images or 10,000 points.
         precision: of the network, ``32-true`` or ``bf16-mixed``.
+        lazy: keep one expert in memory and read the next one meanwhile; the samples are the same.
         output: folder of ``samples.png`` and of ``samples.npz`` (ADM's layout) or ``samples.csv``
             (in the coordinates of the training file); by default ``<bundle>/samples``.
     """
-    data = Bundle.load(bundle).manifest["shared"]["data"]
+    data = read_manifest(Path(bundle))["shared"]["data"]
     ours = kind(data)
     protocol = Evaluation(
         sampler or ours.sampler(),
@@ -83,7 +86,7 @@ def sample(
         guidance=guidance,
     )
     output = Path(output or Path(bundle) / "samples")
-    model = Stitched(Path(bundle), protocol, output)
+    model = Stitched(Path(bundle), protocol, output, lazy)
     trainer = Trainer(
         devices=1,
         precision=precision,
@@ -98,11 +101,31 @@ def sample(
     print(f"{len(drawn)} samples: {output / 'samples.png'}, {path}")
 
 
+def quantize(bundle: Path, output: Path) -> None:
+    """Write a bundle once more with weights in int8, a quarter of its size.
+
+    The weights of linear layers and convolutions are rounded to 255 levels an output channel, the
+    small rest stays float32. Every verb takes the result as it takes any bundle, and computes with
+    the rounded weights in its own precision; what trains or stitches needs the original.
+
+    Args:
+        bundle: the bundle's folder.
+        output: the new bundle's folder.
+    """
+    Bundle.quantize(bundle, output)
+    before, after = (
+        sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        for folder in (bundle, output)
+    )
+    print(f"{before / 1e6:.1f} MB in float32, {after / 1e6:.1f} MB in int8: {before / after:.2f}")
+    print(f"bundle: {output}")
+
+
 def export(bundle: Path, output: Path) -> None:
     """Write the experts of a bundle as plain networks, as the projects they come from keep them.
 
-    Mixed experts become networks of their own. The files hold tensors by the keys of ADM and DiT
-    and nothing else; `--model.init_from` takes them, too.
+    Mixed experts, and decoders of one encoder, become networks of their own. The files hold tensors
+    by the keys of ADM and DiT and nothing else; `--model.init_from` takes them, too.
 
     Args:
         bundle: the bundle's folder.
@@ -128,7 +151,7 @@ def _plain(model: Denoiser) -> Iterator[tuple[Interval, dict[str, Tensor]]]:
     intervals = model.partition.intervals() if routed else [Interval()]
     for interval, part in zip(intervals, model.experts if routed else [model]):
         network = part.network
-        if not isinstance(network, Remixed):
+        if not isinstance(network, (Remixed, MultiStage)):
             yield interval, network.state_dict()
             continue
         for i, own in enumerate(network.partition.intervals()):

@@ -17,7 +17,7 @@ from expertdiff.diffusion.process import (
     expand,
 )
 from expertdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, Heun, SampleNoise
-from expertdiff.diffusion.timesteps import LossSecondMoment, SoftTruncation, Uniform
+from expertdiff.diffusion.timesteps import LossSecondMoment, SoftTruncation, Step, Uniform
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.seeds import generator
 
@@ -205,7 +205,7 @@ class TestSoftTruncation:
 
     def draw(self, n, interval, step, k=1.0, process=None, rank=0):
         g, shared = generator("cpu", "t", step, rank), generator("cpu", "m", step)
-        return SoftTruncation(k).sample(n, interval, g, process or VPSDE(), shared)
+        return SoftTruncation(k).sample(n, interval, g, process or VPSDE(), Step(shared))
 
     def test_a_step_has_one_truncation_on_all_ranks(self):
         for step in range(20):
@@ -254,7 +254,7 @@ class TestSoftTruncation:
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="continuous time, not DiscreteVP"):
-            SoftTruncation().prepare(CHAIN, Interval())
+            SoftTruncation().prepare(CHAIN, Interval(), Partition([0, 1]))
         with pytest.raises(ValueError, match="k 0 must"):
             SoftTruncation(0)
 
@@ -264,7 +264,7 @@ class TestLossSecondMoment:
 
     def sampler(self, **options):
         sampler = LossSecondMoment(**options)
-        sampler.prepare(CHAIN, self.INTERVAL)
+        sampler.prepare(CHAIN, self.INTERVAL, Partition([0, 1]))
         return sampler
 
     def draw(self, sampler, n=20_000):
@@ -316,7 +316,7 @@ class TestLossSecondMoment:
 
     def test_refusals(self):
         with pytest.raises(ValueError, match="needs a process with timesteps, not VPSDE"):
-            LossSecondMoment().prepare(VPSDE(), Interval())
+            LossSecondMoment().prepare(VPSDE(), Interval(), Partition([0, 1]))
         with pytest.raises(ValueError, match="history 0"):
             LossSecondMoment(0)
 

@@ -19,7 +19,7 @@ from expertdiff.diffusion.guidance import Discriminated, Guidance
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import VESDE, VPSDE, CosineBetas, DiscreteVP, LinearBetas, expand
 from expertdiff.diffusion.samplers import DDIM, DDPM, Heun, SampleNoise
-from expertdiff.diffusion.timesteps import UniformLogSNR
+from expertdiff.diffusion.timesteps import Step, UniformLogSNR
 from expertdiff.discriminator import Discriminator, RoutedLogit
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.loggers import read_metrics
@@ -116,7 +116,7 @@ def test_only_the_first_call_of_a_heun_step_is_guided():
 @pytest.mark.parametrize("interval", [Interval(), Interval(0.1, 0.8)], ids=str)
 def test_t_is_uniform_in_log_snr(process, interval):
     draws = generator("cpu", 0), generator("cpu", 1)
-    t, weight = UniformLogSNR().sample(20_000, interval, draws[0], process, draws[1])
+    t, weight = UniformLogSNR().sample(20_000, interval, draws[0], process, Step(draws[1]))
     progress = process.progress(t)
     assert (interval.lo < progress).all() and (progress <= interval.hi).all()
     assert (weight == 1).all()

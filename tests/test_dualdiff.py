@@ -17,8 +17,8 @@ from expertdiff.diffusion.timesteps import CleanBiased, Uniform
 from expertdiff.diffusion.weighting import Simple
 from expertdiff.experts.gated import GatedExperts, Sigmoid, Softmax, Top1
 from expertdiff.experts.stacked import StackedDenoiser, stack
-from expertdiff.loggers import read_metrics
 from expertdiff.methods.dualdiff import DualDiff, mean_distance
+from expertdiff.metrics import read_metrics
 from expertdiff.networks.mlp import MLPDenoiser
 
 CONFIG = str(Path(__file__).parents[1] / "configs/toys/dualdiff.yaml")

@@ -173,7 +173,7 @@ def test_a_picture_goes_to_the_run_s_folder_and_to_wandb(tmp_path):
     trainer = SimpleNamespace(default_root_dir=tmp_path, global_step=7, loggers=[object(), Seen()])
     with picture_of_step(trainer, "gates", "gate") as path:
         assert path == tmp_path / "gates" / "step-00000007.png"
-    assert trainer.loggers[1].image == ("gate", [str(path)], 7)
+    assert trainer.loggers[1].image == ("pictures/gate", [str(path)], 7)
 
 
 @pytest.mark.parametrize(

@@ -701,7 +701,7 @@ def test_no_method_and_one_method_twice_are_refused(tmp_path):
 
 
 def test_too_few_steps_for_one_choice_are_refused_before_any_is_trained(tmp_path, monkeypatch):
-    monkeypatch.setattr(config_verbs, "launch_config", lambda *_: pytest.fail("launched"))
+    monkeypatch.setattr(config_verbs, "launch", lambda *_: pytest.fail("launched"))
     edges = {UniformLength(): [0, 0.5, 1], LogSNR(): [0, 0.01, 1]}
     found = [Selection(method, Partition(cut)) for method, cut in edges.items()]
     ours = SimpleNamespace(train=20, config=TINY[1::2])

@@ -21,7 +21,7 @@ from expertdiff.evaluation.features import Pixels
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
 from expertdiff.evaluation.images import load_npz
 from expertdiff.jobs import Job, run
-from expertdiff.loggers import read_metrics
+from expertdiff.metrics import read_metrics
 from expertdiff.report.study import read_study
 from expertdiff.report.verdict import cost, missing, verdict
 from expertdiff.study import Study

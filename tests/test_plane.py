@@ -51,6 +51,10 @@ def test_every_method_is_trained_tested_and_told(runs):
         assert "reverse KL" in page and "real data of another split" in page
     page = (runs / "dualdiff/report.html").read_text()
     assert "One model, nothing to compare it with" in page and "not finished" not in page
+    assert not (runs / "mdm/tests/baseline/losses.json").exists()
+    losses = read_json(runs / "mdm/tests/stitched/losses.json")
+    assert losses["intervals"] == [[0, 0.3], [0.3, 0.6], [0.6, 1]]
+    assert "Loss by expert" in (runs / "mdm/report.html").read_text()
     assert len(Bundle.load(runs / "mdm/bundles/stitched").manifest["experts"]) == 3
 
 

@@ -60,7 +60,8 @@ def test_ranks_and_micro_batches_draw_their_own_t(monkeypatch):
     batch = Batch(torch.zeros(8, 1, 8, 8), torch.zeros(8).long(), torch.arange(8))
 
     def drawn(rank, step, batch_idx):
-        trainer = SimpleNamespace(accumulate_grad_batches=2, global_step=step)
+        steps = {"global_step": step, "max_steps": 9}
+        trainer = SimpleNamespace(accumulate_grad_batches=2, world_size=2, **steps)
         monkeypatch.setattr(Method, "global_rank", rank)
         monkeypatch.setattr(Method, "trainer", trainer)
         return tuple(module.training_step(batch, batch_idx)["t"].tolist())

@@ -24,8 +24,8 @@ from expertdiff.diffusion.samplers import DDPM, SampleNoise
 from expertdiff.diffusion.timesteps import LossSecondMoment, Uniform
 from expertdiff.diffusion.weighting import Simple
 from expertdiff.experts.remixed import OneHot, Remixed
-from expertdiff.loggers import read_metrics
 from expertdiff.methods.remix import Official, Paper, Remix
+from expertdiff.metrics import read_metrics
 from expertdiff.networks.mlp import MLPDenoiser
 
 TABLE = "denoiser.network.coefficients.weight"

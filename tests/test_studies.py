@@ -122,6 +122,32 @@ def test_compare(plane, tmp_path, capsys):
     assert "converged means changes below 0.1" in capsys.readouterr().out
 
 
+REMIX = [
+    "--config", str(ROOT / "configs/toys/remix.yaml"),
+    "--config", str(ROOT / "tests/conf/toy.yaml"),
+    "--model.network.experts=4", "--model.network.bases=2", "--model.network.network.width=16",
+    "--checkpoint.keep=null",
+]  # fmt: skip
+
+
+def test_mixed_experts_are_a_model_of_the_whole_chain(plane, tmp_path):
+    """Their test tells each expert's loss, the report shows it, `compare` has their curve."""
+    root = ["--study.root", str(tmp_path)]
+    assert main(["launch", *REMIX, *root, "--study.name=remix"]) == 0
+    record = read_json(tmp_path / "remix/tests/remix/losses.json")
+    assert len(record["mse"]) == 4 and record["items"] == 40
+    with Image.open(tmp_path / "remix/tests/remix/losses.png") as picture:
+        assert min(picture.size) > 150
+    page = (tmp_path / "remix/report.html").read_text()
+    assert "Loss by expert" in page and "coefficients of each expert" in page
+    assert "distance and cosine of the bases" in page
+    studies = [str(plane), str(tmp_path / "remix")]
+    assert main(["compare", *studies, f"--output={tmp_path}/out"]) == 0
+    rows = [row for row in rows_of(tmp_path / "out/table.csv") if row["model"] == "remix remix"]
+    assert [row["iterations"] for row in rows] == ["4", "8", "12"]
+    assert [float(row["NTC"]) for row in rows] == pytest.approx([100 * n / 60 for n in (4, 8, 12)])
+
+
 def test_an_estimate_is_the_better_the_nearer_to_real_data(plane):
     told = read_json(plane / "tests/stitched/metrics.json")
     scores = Trained.open(plane).judged({"KL": told["values"]})
@@ -233,7 +259,7 @@ class TestRefuses:
         for verb in ("convergence", "combinations"):
             assert "has no experts" in self.refused(capsys, verb, single)
         none = self.changed(plane, tmp_path / "none", lambda facts: facts["jobs"].clear())
-        assert "has no baseline" in self.refused(capsys, "compare", plane, none)
+        assert "has no baseline" in self.refused(capsys, "compare", none, plane)
 
     def test_a_study_of_an_older_version(self, plane, tmp_path, capsys):
         old = self.changed(plane, tmp_path / "old", lambda facts: facts.pop("evaluation"))

@@ -12,7 +12,7 @@ from expertdiff import checkpoints
 from expertdiff.callbacks.ema import EMA
 from expertdiff.checkpoints import RAW
 from expertdiff.cli import main
-from expertdiff.loggers import read_metrics
+from expertdiff.metrics import read_metrics
 
 
 def weights(folder, step):

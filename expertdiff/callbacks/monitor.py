@@ -11,7 +11,6 @@ import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -24,7 +23,7 @@ from expertdiff.evaluation.images import save_grid, to_uint8
 from expertdiff.evaluation.points import limits_of, save_scatters
 from expertdiff.experts.stacked import StackedDenoiser
 from expertdiff.files import write_text
-from expertdiff.loggers import JsonLines
+from expertdiff.loggers import JsonLines, log_picture
 from expertdiff.methods.base import Method
 
 POINTS = 2000
@@ -171,12 +170,10 @@ def drawing(trainer: Trainer, method: Method) -> bool:
 
 @contextmanager
 def picture_of_step(trainer: Trainer, folder: str, key: str) -> Iterator[Path]:
-    """Where in a folder of the run to put this step's PNG; W&B then gets it, too, as `key`."""
+    """Where in a folder of the run to put this step's PNG; the loggers then get it, too."""
     path = Path(trainer.default_root_dir) / folder / f"step-{trainer.global_step:08d}.png"
     yield path
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(key, [str(path)], step=trainer.global_step)
+    log_picture(trainer.loggers, key, path, trainer.global_step)
 
 
 class ResolvedConfig(SaveConfigCallback):

@@ -2,13 +2,33 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from expertdiff.describe import Described
-from expertdiff.diffusion.partition import Interval
+from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import ContinuousProcess, DiscreteVP, NoiseProcess
+
+
+@dataclass(frozen=True)
+class Step:
+    """The optimizer step that a draw is a part of.
+
+    Attributes:
+        shared: a generator that draws the same on all ranks and micro-batches of the step.
+        part: which part of the step's whole batch is drawn, from 0.
+        parts: in how many it is cut: ranks times micro-batches.
+        run: the fraction of the run that lies behind, in [0, 1).
+    """
+
+    shared: torch.Generator
+    part: int = 0
+    parts: int = 1
+    run: float = 0.0
 
 
 class TimestepSampler(Described, nn.Module, ABC):
@@ -21,8 +41,8 @@ class TimestepSampler(Described, nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
 
-    def prepare(self, process: NoiseProcess, interval: Interval) -> None:
-        """Called once before training.
+    def prepare(self, process: NoiseProcess, interval: Interval, stages: Partition) -> None:
+        """Called once before training; the stages are those of the network.
 
         Raises:
             ValueError: this process or interval cannot be sampled so.
@@ -35,15 +55,15 @@ class TimestepSampler(Described, nn.Module, ABC):
         interval: Interval,
         generator: torch.Generator,
         process: NoiseProcess,
-        shared: torch.Generator,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
-        """t [n] and weight [n] (float32), on the generators' device.
-
-        `shared` draws the same on all ranks and micro-batches of an optimizer step.
-        """
+        """t [n] and weight [n] (float32), on the generators' device."""
 
     learns = False
     """Whether `update` is to be called."""
+
+    paced = False
+    """Whether draws depend on `Step.run`, so that another length of the run is another run."""
 
     def update(self, t: Tensor, loss: Tensor) -> None:
         """Told t [B] and losses [B] of a step, of all ranks."""
@@ -58,7 +78,7 @@ class Uniform(TimestepSampler):
         interval: Interval,
         generator: torch.Generator,
         process: NoiseProcess,
-        shared: torch.Generator,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
         u = torch.rand(n, generator=generator, device=generator.device)
         return process.times(u, interval), torch.ones(n, device=generator.device)
@@ -73,17 +93,103 @@ class UniformLogSNR(TimestepSampler):
         interval: Interval,
         generator: torch.Generator,
         process: NoiseProcess,
-        shared: torch.Generator,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
-        u = torch.rand(n, generator=generator, device=generator.device)
-        return self.at(u, interval, process), torch.ones(n, device=generator.device)
-
-    def at(self, u: Tensor, interval: Interval, process: NoiseProcess) -> Tensor:
-        """The t [n] at fractions u [n] in [0, 1) of the interval's log-SNR, cleanest first."""
-        ends = process.times(torch.tensor([0, 1 - 2**-24], device=u.device), interval)
+        device = generator.device
+        u = torch.rand(n, generator=generator, device=device)
+        ends = process.times(torch.tensor([0, 1 - 2**-24], device=device), interval)
         first, last = process.snr(ends).log()
         # Rounding must not hand a t to the neighbour.
-        return process.at_log_snr(first + u * (last - first)).clamp(*ends.aminmax())
+        t = process.at_log_snr(first + u * (last - first)).clamp(*ends.aminmax())
+        return t, torch.ones(n, device=device)
+
+
+class LowDiscrepancy(TimestepSampler):
+    """t_i = (u + i / N) mod 1 of the interval, i = 0..N-1 (arXiv 2107.00630, appendix I.1).
+
+    One u a step, and N the items of all its ranks and micro-batches: every t is as uniform as by
+    `Uniform`, but a step has one in each N-th of the interval, so that its loss varies less. A part
+    of the step takes every `parts`-th of them.
+    """
+
+    def sample(
+        self,
+        n: int,
+        interval: Interval,
+        generator: torch.Generator,
+        process: NoiseProcess,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        device = generator.device
+        u = torch.rand((), generator=step.shared, device=device, dtype=torch.float64)
+        i = step.part + step.parts * torch.arange(n, device=device, dtype=torch.float64)
+        return process.times((u + i / (n * step.parts)) % 1, interval), torch.ones(n, device=device)
+
+
+class CLTS(TimestepSampler):
+    """A curriculum from all t alike to those around mu (CLTS, arXiv 2404.07946), RECONSTRUCTED.
+
+    p(t) = (1 - g) / T + g q(t) with q normal in progress, cut off at the ends of the chain, and g
+    rising linearly with the run from 0 to `g_end`; an expert has the part of p in its interval. The
+    weight is 1, as the objective is meant to change. The paper's formula was not at hand: it says
+    mu and that easy t are drawn less and less often, all else is ours.
+
+    Args:
+        mu: the progress where q is largest (the paper's).
+        s: standard deviation of q (ours).
+        g_end: g at the end of the run, in [0, 1] (ours); with 0 this is `Uniform`, bit for bit.
+        as_weight: draw all t alike and let p(t) be their weight: the control, of equal expectation.
+
+    Raises:
+        ValueError: out of range.
+    """
+
+    paced = True
+
+    def __init__(
+        self, mu: float = 0.3, s: float = 0.25, g_end: float = 1.0, as_weight: bool = False
+    ) -> None:
+        super().__init__()
+        if not (0 <= mu <= 1 and s > 0 and 0 <= g_end <= 1):
+            raise ValueError(f"mu {mu} and g_end {g_end} must be in [0, 1], and s {s} positive")
+        self.mu, self.s, self.g_end, self.as_weight = mu, s, g_end, as_weight
+
+    def probabilities(
+        self, g: float, interval: Interval, process: NoiseProcess, device: torch.device
+    ) -> Tensor:
+        """Of the t of the interval, or of so many equal parts of it in continuous time; float64.
+
+        In logarithms, because q may be smaller than any number where an expert lives.
+        """
+        whole, log_q = (self._log_q(i, process, device) for i in (Interval(), interval))
+        uniform = (math.log1p(-g) if g < 1 else -math.inf) - math.log(process.T)
+        curriculum = math.log(g) + log_q - whole.logsumexp(0)
+        return torch.logaddexp(torch.full_like(log_q, uniform), curriculum).softmax(0)
+
+    def _log_q(self, interval: Interval, process: NoiseProcess, device: torch.device) -> Tensor:
+        n = max(1, len(interval.steps(process.T)))
+        middle = (torch.arange(n, device=device, dtype=torch.float64) + 0.5) / n
+        z = (process.progress(process.times(middle, interval)) - self.mu) / self.s
+        return -z.square() / 2
+
+    def sample(
+        self,
+        n: int,
+        interval: Interval,
+        generator: torch.Generator,
+        process: NoiseProcess,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        g, device = self.g_end * step.run, generator.device
+        u, weight = torch.rand(n, generator=generator, device=device), torch.ones(n, device=device)
+        if g > 0:
+            p = self.probabilities(g, interval, process, device)
+            if self.as_weight:
+                weight = (len(p) * p[(u.double() * len(p)).long()]).float()
+            else:
+                part = torch.multinomial(p, n, replacement=True, generator=generator)
+                u = (part + u.double()) / len(p)
+        return process.times(u, interval), weight
 
 
 class CleanBiased(TimestepSampler):
@@ -112,11 +218,83 @@ class CleanBiased(TimestepSampler):
         interval: Interval,
         generator: torch.Generator,
         process: NoiseProcess,
-        shared: torch.Generator,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
         u, chosen = torch.rand(2, n, generator=generator, device=generator.device)
         u = torch.where(chosen < self.share, self.into * u, u)
         return process.times(u, interval), torch.ones(n, device=generator.device)
+
+
+class Staged(TimestepSampler):
+    """Each batch has t of every stage, in fixed shares, as decoders in parallel processes need.
+
+    Of n draws each stage gets n p rounded up or down, by chance such that n p is the mean; inside
+    a stage every t alike. Which draws these are is random, too. Weights are 1: the shares are
+    meant to change the objective. The stages are the intervals of the network's partition, or of
+    the model's where the network has none; inside an expert, what lies in its interval of each.
+
+    Args:
+        stage_probs: ``uniform``, ``proportional`` to length, or the probability of each stage.
+
+    Raises:
+        ValueError: probabilities that are not positive or do not sum to 1; on preparation, not one
+            a stage; on a draw, too few for each stage to have one.
+    """
+
+    ends: Tensor
+
+    def __init__(
+        self, stage_probs: Literal["uniform", "proportional"] | Sequence[float] = "uniform"
+    ) -> None:
+        super().__init__()
+        self.stage_probs = stage_probs
+        if not isinstance(stage_probs, str) and not (
+            stage_probs and min(stage_probs) > 0 and math.isclose(sum(stage_probs), 1)
+        ):
+            raise ValueError(
+                f"stage_probs {list(stage_probs)} must be positive and sum to 1: a stage that is "
+                "never drawn would never be trained"
+            )
+
+    def prepare(self, process: NoiseProcess, interval: Interval, stages: Partition) -> None:
+        lengths = [stage.hi - stage.lo for stage in stages.intervals()]
+        named = {"uniform": [1 / len(stages)] * len(stages), "proportional": lengths}
+        probs = named[self.stage_probs] if isinstance(self.stage_probs, str) else self.stage_probs
+        if len(probs) != len(stages):
+            raise ValueError(
+                f"stage_probs {list(probs)} are of {len(probs)} stages, but {stages} has "
+                f"{len(stages)}: give one a stage"
+            )
+        self.parts, shares = [], []
+        for stage, length, p in zip(stages.intervals(), lengths, probs):
+            part = Interval(max(stage.lo, interval.lo), min(stage.hi, interval.hi))
+            if part.lo < part.hi:
+                self.parts.append(part)
+                shares.append(p * (part.hi - part.lo) / length)
+        self.shares = [share / sum(shares) for share in shares]
+        ends = torch.tensor(self.shares, dtype=torch.float64).cumsum(0)[:-1]
+        self.register_buffer("ends", ends, persistent=False)
+
+    def sample(
+        self,
+        n: int,
+        interval: Interval,
+        generator: torch.Generator,
+        process: NoiseProcess,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        if n * min(self.shares) < 1 - 1e-9:
+            raise ValueError(
+                f"{n} draws leave none for a stage of probability {min(self.shares):g}: use "
+                f"batches of {math.ceil(1 / min(self.shares) - 1e-9)} or more"
+            )
+        device = generator.device
+        u, jitter = torch.rand(2, n, generator=generator, device=device, dtype=torch.float64)
+        order = torch.randperm(n, generator=generator, device=device)
+        # One offset for all: every stretch of length p holds n p of these points, rounded.
+        stage = torch.bucketize((order + jitter[0]) / n, self.ends, right=True)
+        t = torch.stack([process.times(u, part) for part in self.parts])
+        return t.gather(0, stage[None])[0], torch.ones(n, device=device)
 
 
 class LossSecondMoment(TimestepSampler):
@@ -145,7 +323,7 @@ class LossSecondMoment(TimestepSampler):
             )
         self.history, self.uniform = history, uniform
 
-    def prepare(self, process: NoiseProcess, interval: Interval) -> None:
+    def prepare(self, process: NoiseProcess, interval: Interval, stages: Partition) -> None:
         if not isinstance(process, DiscreteVP):
             raise ValueError(
                 f"LossSecondMoment needs a process with timesteps, not {type(process).__name__}: "
@@ -173,7 +351,7 @@ class LossSecondMoment(TimestepSampler):
         interval: Interval,
         generator: torch.Generator,
         process: NoiseProcess,
-        shared: torch.Generator,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
         p = self.probabilities()
         i = torch.multinomial(p, n, replacement=True, generator=generator)
@@ -216,7 +394,7 @@ class SoftTruncation(TimestepSampler):
             raise ValueError(f"k {k} must be positive")
         self.k = k
 
-    def prepare(self, process: NoiseProcess, interval: Interval) -> None:
+    def prepare(self, process: NoiseProcess, interval: Interval, stages: Partition) -> None:
         if not isinstance(process, ContinuousProcess):
             raise ValueError(
                 f"SoftTruncation needs a process in continuous time, not "
@@ -243,7 +421,7 @@ class SoftTruncation(TimestepSampler):
         interval: Interval,
         generator: torch.Generator,
         process: NoiseProcess,
-        shared: torch.Generator,
+        step: Step,
     ) -> tuple[Tensor, Tensor]:
         device, t_min = generator.device, process.T_MIN
         lo, hi = (
@@ -251,7 +429,7 @@ class SoftTruncation(TimestepSampler):
             for t in (max(interval.lo, t_min), interval.hi)
         )
         reachable = self.below(hi, t_min)
-        u = torch.rand((), generator=shared, device=device, dtype=torch.float64)
+        u = torch.rand((), generator=step.shared, device=device, dtype=torch.float64)
         lo = torch.maximum(self.quantile(u * reachable, t_min), lo)
         # Along -log SNR the density g^2 / sigma^2 is constant.
         first, last = (-process.log_snr(t) for t in (lo, hi))

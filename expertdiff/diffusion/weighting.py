@@ -42,13 +42,22 @@ class P2(LossWeighting):
 
 
 class MinSNR(LossWeighting):
-    """min(snr, gamma) on the error of x0, whatever is predicted (arXiv 2303.09556, section 3.4)."""
+    """min(snr, gamma) on the error of x0, whatever is predicted (arXiv 2303.09556, section 3.4).
+
+    So of eps min(snr, gamma) / snr and of v min(snr, gamma) / (snr + 1); of any 1 where snr = 0.
+
+    Raises:
+        ValueError: gamma <= 0.
+    """
 
     def __init__(self, gamma: float = 5.0) -> None:
+        if gamma <= 0:
+            raise ValueError(f"gamma {gamma} of MinSNR must be positive: 5 is usual")
         self.gamma = gamma
 
     def __call__(
         self, process: NoiseProcess, t: Tensor, prediction: PredictionType | None = None
     ) -> Tensor:
         snr = process.snr(t)
-        return snr.clamp(max=self.gamma) / (prediction or Eps()).gain(snr)
+        weight = snr.clamp(max=self.gamma) / (prediction or Eps()).gain(snr)
+        return torch.where(snr > 0, weight, 1.0)

@@ -11,6 +11,7 @@ from torch.nn.functional import log_softmax
 
 from expertdiff.describe import Described, build, describe
 from expertdiff.diffusion.partition import Partition
+from expertdiff.experts.routed import by_owner, owner_of
 from expertdiff.networks.dit import DiT
 from expertdiff.networks.network import Network
 
@@ -210,18 +211,8 @@ class Remixed(Network):
         at = t.to(x_t.device, non_blocking=True)
         if self.active is not None:
             return self._run(self.active, x_t, at, y)
-        if t.is_floating_point():
-            raise ValueError(
-                f"mixed experts own integer timesteps, not t of {t.dtype}: use a DiscreteVP process"
-            )
-        owner = self.partition.index((t + 1).double() / self.T)
-        experts, counts = torch.stack(owner.unique(return_counts=True)).tolist()
-        if len(experts) == 1:
-            return self._run(experts[0], x_t, at, y)
-        order = owner.argsort(stable=True).to(x_t.device)
-        parts = [v[order].split(counts) for v in (x_t, at, y) if v is not None]
-        outputs = [self._run(i, *part) for i, *part in zip(experts, *parts)]
-        return torch.cat(outputs)[order.argsort()]
+        owner = owner_of(t, self.partition, self.T)
+        return by_owner(owner, self._run, *(v for v in (x_t, at, y) if v is not None))
 
     def _run(self, expert: int, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """What one expert says: the plain network with its weights."""

@@ -1,6 +1,6 @@
 """A hard route: each point of the chain belongs to one of several denoisers (MDM)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,3 +49,34 @@ class RoutedExperts(Denoiser):
             eps=torch.cat([part.eps for part in parts])[back],
             variance=None if variances[0] is None else torch.cat(variances)[back],
         )
+
+
+def owner_of(t: Tensor, partition: Partition, T: int) -> Tensor:
+    """Who owns each timestep [B] of a chain of `T`, for networks that route by themselves.
+
+    Raises:
+        ValueError: t is of continuous time.
+    """
+    if t.is_floating_point():
+        raise ValueError(
+            f"experts of one network own integer timesteps, not t of {t.dtype}: use a DiscreteVP "
+            "process"
+        )
+    return partition.index((t + 1).double() / T)
+
+
+def by_owner(owner: Tensor, run: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``run(i, *rows)`` [B, ...] with the rows of each owner i [B], every one in its place.
+
+    Args:
+        owner: of each row; it may lie on the CPU.
+        run: what owner i makes of its rows.
+        inputs: each [B, ...].
+    """
+    owners, counts = torch.stack(owner.unique(return_counts=True)).tolist()
+    if len(owners) == 1:
+        return run(owners[0], *inputs)
+    order = owner.argsort(stable=True).to(inputs[0].device)
+    parts = [rows[order].split(counts) for rows in inputs]
+    outputs = [run(i, *part) for i, *part in zip(owners, *parts)]
+    return torch.cat(outputs)[order.argsort()]

@@ -16,15 +16,17 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from expertdiff.bundle import Expert
 from expertdiff.checkpoints import IDENTITY, same_run
 from expertdiff.data.base import Batch
-from expertdiff.describe import build, describe, differences
+from expertdiff.describe import Described, build, describe, differences
 from expertdiff.diffusion.denoiser import NetworkDenoiser, Prediction, PredictionType
 from expertdiff.diffusion.exact import terminal_mismatch
 from expertdiff.diffusion.objective import Losses, losses
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import SampleNoise
-from expertdiff.diffusion.timesteps import TimestepSampler
+from expertdiff.diffusion.timesteps import Step, TimestepSampler
 from expertdiff.diffusion.weighting import LossWeighting
+from expertdiff.experts.multistage import MultiStage
+from expertdiff.experts.size import active, stored
 from expertdiff.experts.stacked import StackedDenoiser
 from expertdiff.networks.network import Network
 from expertdiff.seeds import generator, reseed, seed_of
@@ -101,7 +103,8 @@ class Method(LightningModule, ABC):
             self.denoiser = NetworkDenoiser(*networks, process, prediction)
         else:
             self.denoiser = StackedDenoiser(networks, process, prediction)
-        self.timesteps.prepare(process, self.interval)
+        own = self.denoiser.partition
+        self.timesteps.prepare(process, self.interval, own if len(own) > 1 else partition)
 
     @property
     def network(self) -> Network:
@@ -129,6 +132,7 @@ class Method(LightningModule, ABC):
             if isinstance(self.denoiser, StackedDenoiser) and self.trainer.precision == "16-mixed":
                 raise ValueError("seeds cannot be trained side by side in 16-mixed: use bf16-mixed")
             self._warn_of_the_end()
+            self._tell_sizes()
         if self.trainer.strategy.root_device.type == "cuda":
             # What tensor cores want; on a CPU it gains nothing in training.
             self.network.to(memory_format=torch.channels_last)
@@ -177,6 +181,16 @@ class Method(LightningModule, ABC):
                 "that sampling starts from, an error no network can mend: use a schedule that "
                 "goes further, as QuadraticBetas with last 0.2"
             )
+
+    def _tell_sizes(self) -> None:
+        """Says what acts where, of networks whose parts differ."""
+        if isinstance(self.network, MultiStage) and self.trainer.is_global_zero:
+            print(f"parameters: {stored(self.denoiser):,} stored")
+            for each in active(self.denoiser, self.trainer.datamodule.shape):
+                print(
+                    f"{each.parameters:,} active in {each.interval}, "
+                    f"{each.flops / 1e6:,.1f} MFLOPs a prediction"
+                )
 
     def configure_optimizers(self) -> Any:
         optimizer = self.optimizer(self.parameter_groups())
@@ -228,7 +242,7 @@ class Method(LightningModule, ABC):
             told = self.all_gather(torch.stack([t.double(), each.detach().double()]))
             at, of_all = told.reshape(-1, 2, len(t)).unbind(1)
             self.timesteps.update(at.flatten().long(), of_all.flatten())
-        loss = (importance * each).unflatten(0, (len(self.seeds), -1)).mean(1)
+        loss = self.averaged((importance * each).unflatten(0, (len(self.seeds), -1)))
         loss = (loss + self.regularised(prediction)).sum()
         return {"loss": loss, "mse": mse.detach(), "vb": vb.detach(), "t": t}
 
@@ -237,14 +251,31 @@ class Method(LightningModule, ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """t [B], importance [B] and eps [B, ...] for the items of one seed."""
         noise = generator(self.device, seed, "noise", *key)
-        shared = generator(self.device, seed, "shared", self.job, self.trainer.global_step)
-        interval = self.drawn(seed, key)
-        t, importance = self.timesteps.sample(len(x0), interval, noise, self.process, shared)
+        intervals, step = self.drawn(seed, key), self._step(seed, key)
+        draws = [
+            self.timesteps.sample(len(part), interval, noise, self.process, step)
+            for interval, part in zip(intervals, x0.tensor_split(len(intervals)))
+        ]
+        t, importance = (torch.cat(parts) for parts in zip(*draws))
         return t, importance, torch.randn(x0.shape, generator=noise, device=x0.device)
 
-    def drawn(self, seed: int, key: tuple[int | str, ...]) -> Interval:
-        """Where a micro-batch draws its t."""
-        return self.interval
+    def _step(self, seed: int, key: tuple[int | str, ...]) -> Step:
+        _, rank, micro_batch = key
+        trainer, accumulate = self.trainer, self.trainer.accumulate_grad_batches
+        return Step(
+            generator(self.device, seed, "shared", self.job, trainer.global_step),
+            rank * accumulate + micro_batch % accumulate,
+            trainer.world_size * accumulate,
+            trainer.global_step / trainer.max_steps,
+        )
+
+    def drawn(self, seed: int, key: tuple[int | str, ...]) -> list[Interval]:
+        """Where a micro-batch draws its t: in order, and equally many from each."""
+        return [self.interval]
+
+    def averaged(self, each: Tensor) -> Tensor:
+        """The loss of each seed [S], of its items' losses [S, B]."""
+        return each.mean(1)
 
     def regularised(self, prediction: Prediction) -> Tensor | float:
         """What a method adds to the loss of each seed, [S]."""
@@ -258,17 +289,12 @@ class Method(LightningModule, ABC):
         """
         batch = Batch(*(part.repeat(len(self.seeds), *[1] * (part.ndim - 1)) for part in batch))
         eps = SampleNoise(0, batch.index.tolist(), batch.x0.shape[1:], self.device)(0)
-        u = ((batch.index + 0.5) * GOLDEN).double() % 1
         result = {}
         for i, interval in enumerate(self.partition.intervals()):
             if self.interval.contains(interval):
-                t = self.validated(u, interval)
+                t = validation_t(self.process, batch.index, interval)
                 result[i] = tuple(self.losses(batch, t, eps)[0])
         return result
-
-    def validated(self, u: Tensor, interval: Interval) -> Tensor:
-        """The t [B] of a validation, at fractions u [B] of an interval."""
-        return self.process.times(u, interval)
 
     def predict_x0(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The predicted data [B, ...] at x_t."""
@@ -295,6 +321,7 @@ class Method(LightningModule, ABC):
         """Whatever changes the bits of a run, except how long it goes on."""
         optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(()))])
         scheduler = self._scheduler(optimizer)
+        paced = [describe(c) for c in self.trainer.callbacks if isinstance(c, Described)]
         return self.identity() | {
             "data": self.trainer.datamodule.identity(),
             "batch_size": self.trainer.datamodule.batch_size,
@@ -306,6 +333,9 @@ class Method(LightningModule, ABC):
             "optimizer": {"class": type(optimizer).__name__, **_plain(optimizer.defaults)},
             "lr_scheduler": scheduler
             and {"class": type(scheduler).__name__, **_plain(vars(scheduler))},
+            # What goes by the length of the run would not go on alike in another one.
+            "callbacks": paced or None,
+            "paced_by": self.trainer.max_steps if paced or self.timesteps.paced else None,
         }
 
     def identity(self) -> dict[str, Any]:
@@ -324,6 +354,11 @@ class Method(LightningModule, ABC):
             "stacked": isinstance(self.denoiser, StackedDenoiser),
             "init_from": self.init_from and self.init_from.sha256,
         }
+
+
+def validation_t(process: NoiseProcess, index: Tensor, interval: Interval) -> Tensor:
+    """The t [B] of the validation items `index` in an interval, the same for every model."""
+    return process.times(((index + 0.5) * GOLDEN).double() % 1, interval)
 
 
 def _initialised(network: Network, seed: int, job: str) -> Network:

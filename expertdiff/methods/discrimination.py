@@ -13,7 +13,6 @@ from expertdiff.data.base import Batch, Data, Split, permutation
 from expertdiff.data.densities import read_points
 from expertdiff.diffusion.denoiser import Logit
 from expertdiff.diffusion.objective import Losses
-from expertdiff.diffusion.partition import Interval
 from expertdiff.diffusion.timesteps import UniformLogSNR
 from expertdiff.evaluation.images import load_npz
 from expertdiff.methods.mdm import MDM
@@ -60,9 +59,6 @@ class Discrimination(MDM):
         logit = self.denoiser.output(x_t, t, None).squeeze(1).float()
         bce = F.binary_cross_entropy_with_logits(logit, batch.y.float(), reduction="none")
         return Losses(bce, torch.zeros_like(bce)), None
-
-    def validated(self, u: Tensor, interval: Interval) -> Tensor:
-        return self.timesteps.at(u, interval, self.process)
 
     def on_validation_start(self) -> None:
         self._sums = torch.zeros(2, device=self.device)

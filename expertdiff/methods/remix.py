@@ -132,11 +132,11 @@ class Remix(Diffusion):
         finally:
             self.network.active = None
 
-    def drawn(self, seed: int, key: tuple[int | str, ...]) -> Interval:
+    def drawn(self, seed: int, key: tuple[int | str, ...]) -> list[Interval]:
         _, rank, micro_batch = key
         # The network need not look at t, which would wait for the GPU.
         self.network.active = self.expert(seed, rank, micro_batch)
-        return self.network.partition.interval(self.network.active)
+        return [self.network.partition.interval(self.network.active)]
 
     def expert(self, seed: int, rank: int, micro_batch: int) -> int:
         """Which expert a rank trains in a micro-batch of the run."""

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
 from expertdiff.bundle import Bundle
@@ -22,7 +21,7 @@ from expertdiff.diffusion.samplers import SampleNoise, Sampler
 from expertdiff.evaluation.judge import Judge, Reference
 from expertdiff.evaluation.kinds import Kind, kind
 from expertdiff.files import sha256_of, write_json
-from expertdiff.loggers import JsonLines
+from expertdiff.loggers import JsonLines, log_picture
 from expertdiff.methods.base import device_name
 from expertdiff.seeds import generator
 
@@ -88,11 +87,18 @@ class Stitched(LightningModule):
         evaluation: how it is judged.
         output: where ``metrics.json``, ``grid.png`` and drawn samples go; by default
             ``<bundle>/test``.
+        lazy: keep one expert in memory and read the next one meanwhile, instead of keeping all.
     """
 
-    def __init__(self, bundle: Path, evaluation: Evaluation, output: Path | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        evaluation: Evaluation,
+        output: Path | None = None,
+        lazy: bool = False,
+    ) -> None:
         super().__init__()
-        self.bundle = Bundle.load(bundle)
+        self.bundle = Bundle.load(bundle, lazy)
         data = self.bundle.manifest["shared"]["data"]
         self.kind = kind(data)
         evaluation.check(self.kind, str(bundle))
@@ -192,6 +198,7 @@ class Stitched(LightningModule):
             "floor_samples": self._fresh,
             "extractor": self._judge.identity,
             "precision": str(self.trainer.precision),
+            "weights": bundle.weights,
             "ema_decay": experts[0]["identity"]["ema"]["decay"],
             "data": type(self.trainer.datamodule).__name__,
             "data_sha256": self.trainer.datamodule.identity()["digest"],
@@ -202,9 +209,7 @@ class Stitched(LightningModule):
         }
         write_json(self.output / "metrics.json", result)
         self.kind.picture(torch.cat(self._first)[: self.kind.shown], self.output / "grid.png")
-        for logger in self.trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("samples", [str(self.output / "grid.png")])
+        log_picture(self.trainer.loggers, "samples", self.output / "grid.png")
         error = f" ± {std:.3f}" if std is not None else ""
         print(
             f"{metric} {mean:.3f}{error} over sampling seeds {list(e.seeds)} "

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from expertdiff.networks.network import Network
+from expertdiff.networks.network import EncoderDecoder, Network
 
 
 class Embedding(nn.Module):
@@ -42,34 +42,50 @@ class Residual(nn.Module):
         return z + self.ff(z.relu())
 
 
-def body(width: int, depth: int, head: int | None, outputs: int = 2) -> nn.Sequential:
+def body(
+    width: int,
+    depth: int,
+    head: int | None,
+    decoder_width: int | None = None,
+    outputs: int = 2,
+) -> nn.Sequential:
     """From the embedding to the prediction [..., 2]: `depth` residual layers, a head of one or two.
 
     Args:
         width: of the residual layers.
         depth: how many.
         head: width of a hidden layer in the head; ``None`` has none.
+        decoder_width: of the residual layers from the middle on, instead of `width`.
         outputs: instead of 2.
     """
-    ends = [width, outputs] if head is None else [width, head, outputs]
+    wide = width if decoder_width is None else decoder_width
+    if wide < 1:
+        raise ValueError(f"decoder_width {wide} has no channels: give 1 or more")
+    ends = [wide, outputs] if head is None else [wide, head, outputs]
     layers: list[nn.Module] = [nn.Linear(Embedding.size, width)]
-    layers += [Residual(width) for _ in range(depth)]
+    layers += [Residual(width) for _ in range(depth // 2)]
+    layers += [nn.Linear(width, wide)] if wide != width else []
+    layers += [Residual(wide) for _ in range(depth - depth // 2)]
     for inputs, outputs in zip(ends, ends[1:]):
         layers += [nn.ReLU(), nn.Linear(inputs, outputs)]
     return nn.Sequential(*layers)
 
 
-class MLPDenoiser(Network):
+class MLPDenoiser(EncoderDecoder):
     """A residual network on points of the plane (The AI Scientist's 2-D diffusion template).
 
     Leading dimensions are free: points may be [B, 2], or [S, B, 2] for S networks side by side.
 
     Args:
         width: of the residual layers.
-        depth: how many.
+        depth: how many; the first half of them (rounded down) belongs to the encoder.
         head: width of a hidden layer in the head; ``None`` has none.
         scale: of x1 and x2 in the embedding.
         T: timesteps of the chain.
+        decoder_width: of the decoder's residual layers, instead of `width`.
+
+    Raises:
+        ValueError: a decoder without channels.
     """
 
     def __init__(
@@ -79,13 +95,22 @@ class MLPDenoiser(Network):
         head: int | None = None,
         scale: float = 25.0,
         T: int = 100,
+        decoder_width: int | None = None,
     ) -> None:
         super().__init__()
         self.T, self.embedding = T, Embedding(scale, T)
-        self.network = body(width, depth, head)
+        self.decoder_width = width if decoder_width is None else decoder_width
+        self.network, self._shared = body(width, depth, head, decoder_width), 1 + depth // 2
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return self.network(self.embedding(x_t, t))
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        return (self.network[: self._shared](self.embedding(x_t, t)),)
+
+    def decode(self, *code: Tensor) -> Tensor:
+        return self.network[self._shared :](*code)
+
+    def halves(self) -> tuple[list[str], list[str]]:
+        names = [f"network.{i}" for i in range(len(self.network))]
+        return ["embedding", *names[: self._shared]], names[self._shared :]
 
 
 class MLPLogit(Network):

@@ -29,7 +29,12 @@ class Network(Described, nn.Module, ABC):
         """The raw output at `x_t`; `t` is as `NoiseProcess.condition` gives it."""
 
     def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Takes a state dict of its own kind.
+        """Takes a state dict of its own kind; raises as `check`."""
+        self.check(weights)
+        self.load_state_dict(weights)
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Looks whether this is a state dict of its own kind.
 
         Raises:
             ValueError: a key is missing or left over, or a tensor of another shape; the first one
@@ -43,8 +48,32 @@ class Network(Described, nn.Module, ABC):
                 raise ValueError(
                     f"{key} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
                 )
-        self.load_state_dict(weights)
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Begins to train where these weights stand; raises as `load`."""
         self.load(weights)
+
+
+class EncoderDecoder(Network):
+    """A network in two halves, of which `MultiStage` has the second several times.
+
+    Attributes:
+        decoder_width: how wide the second half is.
+    """
+
+    decoder_width: int
+
+    @abstractmethod
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the first half tells the second, each [B, ...]."""
+
+    @abstractmethod
+    def decode(self, *code: Tensor) -> Tensor:
+        """The raw output."""
+
+    @abstractmethod
+    def halves(self) -> tuple[list[str], list[str]]:
+        """The names of the modules that `encode` uses, and of those that `decode` uses."""
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.decode(*self.encode(x_t, t, y))

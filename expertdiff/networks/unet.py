@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from expertdiff.networks.network import Network
+from expertdiff.networks.network import EncoderDecoder
 
 
-class ADMUNet(Network):
+class ADMUNet(EncoderDecoder):
     """The UNet of ADM: residual blocks, attention at some resolutions, skips across the U.
 
     A checkpoint of guided-diffusion with the same options loads with ``strict=True``. A fresh
@@ -36,6 +36,8 @@ class ADMUNet(Network):
             agree, the weights do not: it must be what the checkpoint was trained with.
         num_classes: labels y in [0, num_classes); ``None`` for an unconditional network.
         checkpointing: recompute blocks in the backward pass: less memory, the same gradients.
+        decoder_width: what `channel_mult` multiplies in the middle and on the way up, instead of
+            `model_channels`.
 
     Raises:
         ValueError: `image_size` cannot be halved often enough, `model_channels` is odd, or the
@@ -59,6 +61,7 @@ class ADMUNet(Network):
         use_new_attention_order: bool = False,
         num_classes: int | None = None,
         checkpointing: bool = False,
+        decoder_width: int | None = None,
     ) -> None:
         super().__init__()
         halvings = len(channel_mult) - 1
@@ -70,6 +73,7 @@ class ADMUNet(Network):
         if model_channels % 2:
             raise ValueError(f"model_channels {model_channels} is odd: use an even number")
         self.num_classes, self.checkpointing = num_classes, checkpointing
+        self.decoder_width = model_channels if decoder_width is None else decoder_width
 
         half, emb_channels = model_channels // 2, 4 * model_channels
         frequencies = torch.exp(-math.log(10_000) / half * torch.arange(half))
@@ -116,7 +120,11 @@ class ADMUNet(Network):
                 self.input_blocks.append(level(width, out, side))
                 skips.append(width := out)
 
-        self.middle_block = nn.Sequential(res(width, width), attention(width), res(width, width))
+        widths = [int(mult * self.decoder_width) for mult in channel_mult]
+        if min(widths) < 1:
+            raise ValueError(f"decoder_width {decoder_width} has no channels: give 1 or more")
+        skip, width = width, widths[-1]
+        self.middle_block = nn.Sequential(res(skip, width), attention(width), res(width, width))
 
         self.output_blocks = nn.ModuleList()
         for out, side in zip(reversed(widths), reversed(sides)):
@@ -129,8 +137,8 @@ class ADMUNet(Network):
         out_channels = 2 * in_channels if learn_sigma else in_channels
         self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), zero(conv3x3(width, out_channels)))
 
-    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The prediction [B, C, H, W], or [B, 2C, H, W] with `learn_sigma`.
+    def encode(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> tuple[Tensor, ...]:
+        """The embedding [B, D] of time and class, and what crosses the U, finest first.
 
         Args:
             x_t: noisy images [B, C, H, W].
@@ -151,10 +159,19 @@ class ADMUNet(Network):
         for blocks in self.input_blocks:
             h = self._run(blocks, h, emb)
             skips.append(h)
-        h = self._run(self.middle_block, h, emb)
-        for blocks in self.output_blocks:
-            h = self._run(blocks, torch.cat([h, skips.pop()], dim=1), emb)
+        return emb, *skips
+
+    def decode(self, emb: Tensor, *skips: Tensor) -> Tensor:
+        """The prediction [B, C, H, W], or [B, 2C, H, W] with `learn_sigma`."""
+        h = self._run(self.middle_block, skips[-1], emb)
+        for blocks, skip in zip(self.output_blocks, reversed(skips)):
+            h = self._run(blocks, torch.cat([h, skip], dim=1), emb)
         return self.out(h)
+
+    def halves(self) -> tuple[list[str], list[str]]:
+        names = [name for name, _ in self.named_children()]
+        middle = names.index("middle_block")
+        return names[:middle], names[middle:]
 
     def _run(self, blocks: nn.Sequential, h: Tensor, emb: Tensor) -> Tensor:
         for block in blocks:

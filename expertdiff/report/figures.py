@@ -20,6 +20,9 @@ from expertdiff.report.study import BASELINE, Study
 BASELINE_COLOUR, EXPERT_COLOUR = "#7f7f7f", "#d55e00"
 """Grey and vermillion: apart for every kind of colour vision, and none of an interval's colours."""
 
+DISTANCE, COSINE = "mixing/basis_distance", "mixing/basis_cosine"
+"""What `MixingMap` logs."""
+
 WIDTH = 11
 """Inches: with text of 9 points, a page of 1100 pixels shows text of 12 pixels."""
 
@@ -227,6 +230,27 @@ def _ratio(study: Study, i: int) -> np.ndarray:
     pair = [study.jobs.get(name) for name in (f"expert-{i}", BASELINE)]
     ours, theirs = (dict(zip(*job.curve(f"val/mse/{i}"))) if job else {} for job in pair)
     return np.array([(step, ours[step] / theirs[step]) for step in ours if step in theirs])
+
+
+def similarity_figure(study: Study) -> Figure | None:
+    """How far the bases of mixed experts are apart, over training; ``None`` where there are none.
+
+    As `MixingMap` has logged it: the distance of two bases over the root of the product of their
+    lengths, and their cosine, means over all pairs.
+    """
+    lines = [line for job in study.jobs.values() for line in job.history if DISTANCE in line]
+    if not lines:
+        return None
+    with style():
+        figure = Figure(figsize=(WIDTH, 2.7), layout="constrained")
+        for axes, key in zip(figure.subplots(1, 2), (DISTANCE, COSINE)):
+            steps, values = zip(*((line["step"], line[key]) for line in lines))
+            axes.plot(steps, values, ".-", color=EXPERT_COLOUR)
+            axes.set(xlabel="steps of the job", ylabel=key.rpartition("_")[2] + " of two bases")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.spines["right"].set_visible(False)
+            axes.grid(color=INK, alpha=0.12, lw=0.6)
+    return figure
 
 
 def _few_ticks(axes: Axes) -> None:

@@ -41,6 +41,8 @@ def _page(study: Study) -> str:
         sections.distances(study),
         sections.costs(study),
         sections.losses(study),
+        sections.experts(study),
+        sections.mixing(study),
         sections.grids(study),
         sections.measurements(study),
         sections.jobs(study),

@@ -5,6 +5,7 @@ from typing import Any
 
 from PIL import Image
 
+from expertdiff.analysis.losses import best_at_home, losses_figure
 from expertdiff.diffusion.process import DiscreteVP
 from expertdiff.report import verdict
 from expertdiff.report.figures import (
@@ -13,6 +14,7 @@ from expertdiff.report.figures import (
     chain_figure,
     loss_figure,
     ratio_figure,
+    similarity_figure,
     svg,
 )
 from expertdiff.report.markup import Markup, joined, picture, section, table, tag
@@ -163,6 +165,56 @@ def losses(study: Study) -> Markup:
         "of the baseline trains the whole chain, a step of an expert its own interval. Below 1 the "
         "expert is better after as many steps; lines are means of five neighbouring points, bands "
         "their range. All axes are logarithmic.",
+    )
+
+
+def experts(study: Study) -> Markup:
+    """Each expert on each interval."""
+    found = {result.name: result.losses for result in study.results.values() if result.losses}
+    if not found:
+        return Markup()
+    figures = [
+        tag(
+            "figure",
+            tag("figcaption", _method(name), f": on {best_at_home(record)} of "
+                f"{len(record['mse'])} intervals nobody is better than the owner"),
+            Markup(svg(losses_figure(record))),
+            role="img",
+            aria_label=f"loss of the experts of {name} on each other's intervals",
+        )
+        for name, record in found.items()
+    ]  # fmt: skip
+    items = ", ".join(dict.fromkeys(f"{record['items']:,}" for record in found.values()))
+    return section(
+        "Loss by expert",
+        *figures,
+        note="A row an expert, a column an interval: how much larger the squared error of this "
+        f"expert is there than that of the owner, in per cent, on the same {items} validation "
+        "items, t and noise. Blue is better than the owner, red is worse.",
+    )
+
+
+def mixing(study: Study) -> Markup:
+    """What mixed experts are mixed of, and how far the bases are apart."""
+    pictures = [job.mixing for job in study.jobs.values() if job.mixing]
+    similarity = similarity_figure(study)
+    if not pictures and not similarity:
+        return Markup()
+    figures = [
+        tag("figure", picture(path, "coefficients of each expert", class_="smooth"))
+        for path in pictures
+    ]
+    if similarity:
+        drawn = Markup(svg(similarity))
+        label = "distance and cosine of the bases over training"
+        figures.append(tag("figure", drawn, role="img", aria_label=label))
+    return section(
+        "What the experts are mixed of",
+        *figures,
+        note="Coefficients of the averaged weights after the last validation, a row an expert. "
+        "Distances of two bases are those of all their mixed weights over the root of the product "
+        "of their lengths; means over all pairs. Bases that start from one network have distance "
+        "0 and cosine 1.",
     )
 
 

@@ -10,7 +10,7 @@ from expertdiff.describe import build
 from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.files import read_json
-from expertdiff.loggers import read_metrics
+from expertdiff.metrics import read_metrics
 
 BASELINE, STITCHED, SHARED = "baseline", "stitched", "shared"
 """The names of the tests that the verdict compares, the first that of a job too; and of the job
@@ -27,6 +27,7 @@ class Job:
         iterations: how many it shall train.
         history: the lines of its metrics file.
         done: its record of completion, ``None`` while unfinished.
+        mixing: the newest picture of what its experts are mixed of, if they are.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Job:
     iterations: int
     history: list[dict[str, Any]]
     done: dict[str, Any] | None
+    mixing: Path | None = None
 
     @property
     def step(self) -> int:
@@ -71,11 +73,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Result:
-    """The test of one bundle: its folder's name, its metrics and its sample grid, if any."""
+    """The test of one bundle: its folder's name and metrics; if any, its sample grid and losses.
+
+    These are of each expert on each interval, as `expert_losses` tells them.
+    """
 
     name: str
     metrics: dict[str, Any]
     grid: Path | None
+    losses: dict[str, Any] | None = None
 
     @property
     def steps(self) -> dict[str, int]:
@@ -118,11 +124,15 @@ class Study:
         return self.jobs.get(SHARED)
 
     @property
+    def whole(self) -> list[Job]:
+        """The jobs that each make a model of the whole chain, the baseline first."""
+        parts = [*self.experts, self.shared]
+        return [job for job in self.jobs.values() if job not in parts]
+
+    @property
     def expected(self) -> list[str]:
         """The names of the tests that a finished study has."""
-        parts = [*self.experts, self.shared]
-        whole = [job.name for job in self.jobs.values() if job not in parts]
-        return whole + [STITCHED] * bool(self.experts)
+        return [job.name for job in self.whole] + [STITCHED] * bool(self.experts)
 
 
 def read_study(folder: Path) -> Study:
@@ -149,9 +159,15 @@ def _job(folder: Path, planned: dict[str, Any]) -> Job:
         iterations=planned["iterations"],
         history=read_metrics(folder / "metrics.jsonl"),
         done=read_json(record) if record.is_file() else None,
+        mixing=max(folder.glob("mixing/step-*.png"), default=None),
     )
 
 
 def _result(folder: Path) -> Result:
-    grid = folder / "grid.png"
-    return Result(folder.name, read_json(folder / "metrics.json"), grid if grid.is_file() else None)
+    grid, losses = folder / "grid.png", folder / "losses.json"
+    return Result(
+        name=folder.name,
+        metrics=read_json(folder / "metrics.json"),
+        grid=grid if grid.is_file() else None,
+        losses=read_json(losses) if losses.is_file() else None,
+    )

@@ -21,7 +21,7 @@ from expertdiff.analysis.cost import (
 )
 from expertdiff.files import replacing
 from expertdiff.look import style
-from expertdiff.report.study import BASELINE, Job
+from expertdiff.report.study import Job
 from expertdiff.studies.trained import Trained, print_rows, told, write_rows
 
 
@@ -35,9 +35,10 @@ def compare(
 ) -> None:
     """Tell what each study's models cost: distance against training cost, and their milestones.
 
-    The first study's baseline is what all are compared with. Experts are taken as they stand when
-    all train at once, each on its own device, and stop at their budgets. Needs studies launched
-    with ``--checkpoint.keep null``.
+    The first study's baseline is what all are compared with; others may have one model of the whole
+    chain instead of experts, as Remix. Experts are taken as they stand when all train at once, each
+    on its own device, and stop at their budgets. Needs studies launched with
+    ``--checkpoint.keep null``.
 
     Args:
         studies: their folders; all are judged as the first.
@@ -51,13 +52,13 @@ def compare(
     first = Trained.open(studies[0], samples, seeds)
     others = [Trained.open(folder).judged_as(first) for folder in studies[1:]]
     names = names_of(studies)
-    curves = [baseline_curve(first, names[0])]
+    baseline = first.baseline
+    curves = [whole_curve(first, baseline, names[0])]
     for trained, name in zip((first, *others), names):
         if trained.study.experts:
             curves.append(experts_curve(trained, name))
-        # A study with neither is told that it has no baseline.
-        if trained is not first and (BASELINE in trained.study.jobs or not trained.study.experts):
-            curves.append(baseline_curve(trained, name))
+        jobs = [job for job in trained.study.whole if job is not baseline]
+        curves += [whole_curve(trained, job, name) for job in jobs]
     reference = curves[0].history
     rows = [row for curve in curves for row in curve.rows(reference, measure)]
     accounts = {c.name: account(reference, c.history, rule, measure) for c in curves}
@@ -123,13 +124,13 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return [str(Path(*part[-n:])) for part in parts]
 
 
-def baseline_curve(trained: Trained, name: str) -> Curve:
-    """The study's baseline at each of its checkpoints."""
-    job, n = trained.baseline, len(trained.study.partition)
+def whole_curve(trained: Trained, job: Job, name: str) -> Curve:
+    """A job that trains a model of the whole chain, as a baseline or Remix, at each checkpoint."""
+    n = len(trained.study.partition)
     kept = trained.kept(job)
     mixes = {step: [path] * n for step, path in kept.items()}
     spent = {step: {job.name: step} for step in kept}
-    return _curve(trained, f"{name} baseline", mixes, spent)
+    return _curve(trained, f"{name} {job.name}", mixes, spent)
 
 
 def experts_curve(trained: Trained, name: str) -> Curve:

@@ -24,6 +24,7 @@ from expertdiff.diffusion.denoiser import Eps, NetworkDenoiser
 from expertdiff.diffusion.process import DiscreteVP, LinearBetas
 from expertdiff.diffusion.samplers import DDPM, SampleNoise
 from expertdiff.experts.gated import GatedExperts
+from expertdiff.experts.stacked import stack
 from expertdiff.networks.mlp import MLPDenoiser
 from expertdiff.tables.plan import Plan
 
@@ -62,10 +63,14 @@ def plain_training(network: nn.Module, steps: int) -> float:
                 return 1000 * (time.perf_counter() - began) / steps
 
 
-def bare_training(network: nn.Module, steps: int) -> float:
-    """Milliseconds a step of the network's own work in bfloat16, which no loop can go below."""
+def bare_training(network: nn.Module, steps: int, *seeds: int) -> float:
+    """Milliseconds a step of the network's own work in bfloat16, which no loop can go below.
+
+    `seeds` is how many networks lie side by side, where they do.
+    """
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4, fused=True)
-    x_t, eps, t = torch.randn(256, 2), torch.randn(256, 2), torch.randint(100, (256,))
+    shape = (*seeds, 256)
+    x_t, eps, t = torch.randn(*shape, 2), torch.randn(*shape, 2), torch.randint(100, shape)
     for i in range(20 + steps):
         if i == 20:
             began = time.perf_counter()
@@ -153,7 +158,7 @@ def main() -> None:
     build = NETWORKS[args.network]
     names = (
         "one seed", "four seeds side by side, each", "fixed preset, batch 1024",
-        "nothing but forward, backward and optimizer",
+        "nothing but forward, backward and optimizer", "the same of four side by side, each",
     )  # fmt: skip
     plain, ours = [], {name: [] for name in names}
     drawn_plainly, drawn = [], {"expertdiff": []}
@@ -164,8 +169,9 @@ def main() -> None:
             our_training(CONFIG, args.steps, network, f"--model.seeds={seeds}")
             for seeds in ("null", "[0,1,2,3]")
         )
-        bare = bare_training(build(), args.steps)
-        for name, value in zip(names, (one, four / 4, fixed_training(args.steps), bare)):
+        fixed, bare = fixed_training(args.steps), bare_training(build(), args.steps)
+        stacked = bare_training(stack([build() for _ in range(4)]), args.steps, 4)
+        for name, value in zip(names, (one, four / 4, fixed, bare, stacked / 4)):
             ours[name].append(value)
         drawn_plainly.append(plain_sampling(build(), args.samples))
         drawn["expertdiff"].append(our_sampling(build(), args.samples))
