@@ -5,6 +5,7 @@ A bundle is a folder: ``manifest.json`` (what it is), ``config.yaml`` (how to te
 """
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ class Expert:
             identity = identity | {"seeds": [seed], "stacked": False}
         _check_weights(path, weights)
         step = content["global_step"] if trained is None else trained
-        return cls(path, identity, step, sha256_of(path), weights)
+        return cls(path, identity, step, checkpoints.digest(path), weights)
 
     @classmethod
     def start(cls, source: Path) -> "Expert":
@@ -355,7 +356,7 @@ def _check_weights(path: Path, weights: dict[str, Tensor]) -> None:
     for key, value in weights.items():
         if value.dtype != torch.float32:
             raise ValueError(f"{path}: {key} is {value.dtype}, not torch.float32")
-        if not value.isfinite().all():
+        if not checkpoints.finite(value):
             raise ValueError(
                 f"{path}: {key} holds NaN or infinity: go back to an earlier checkpoint"
             )
@@ -369,6 +370,18 @@ def check_together(experts: Sequence[Expert], allow_unfinished: bool = False) ->
             if changed := differences(first.identity[key], expert.identity[key], key):
                 raise ValueError(
                     f"{first.path} and {expert.path} do not fit together: {'; '.join(changed)}"
+                )
+        if ("ema" in expert.identity) != ("ema" in first.identity):
+            averaged, raw = sorted((first, expert), key=lambda e: "ema" not in e.identity)
+            raise ValueError(
+                f"{averaged.path} holds averaged weights, {raw.path} raw ones: take experts that "
+                "were both trained by `expertdiff fit`"
+            )
+        for key in ("ema", "versions"):  # worth knowing, but they work together
+            changed = differences(first.identity.get(key), expert.identity.get(key), key)
+            if changed:
+                warnings.warn(
+                    f"{first.path} and {expert.path} differ: {'; '.join(changed)}", stacklevel=3
                 )
         steps = expert.identity["max_steps"]
         if expert.step < steps and not allow_unfinished:

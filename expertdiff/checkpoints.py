@@ -8,6 +8,7 @@ import argparse
 import re
 import warnings
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor
 
 from expertdiff.describe import differences
-from expertdiff.files import read_json, replacing, sha256_of, write_json
+from expertdiff.files import WriteFailed, read_json, replacing, sha256_of, write_json
 
 IDENTITY = "expertdiff"
 """The key of a checkpoint under which `methods` writes what the weights are."""
+
+WRAPPERS = re.compile(r"^((module|_orig_mod)\.)+")
+"""What DistributedDataParallel and torch.compile put before the keys of a network."""
 
 AVERAGED, RAW = "state_dict", "current_model_state"
 """Keys of the two sets of weights in a checkpoint; Lightning loads the first."""
@@ -37,7 +41,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Writes a checkpoint, reads it back, and only then lets it count.
 
     Raises:
-        OSError: it could not be written; older checkpoints are untouched.
+        WriteFailed: it could not be written; older checkpoints are untouched.
     """
     try:
         with replacing(path) as temporary:
@@ -45,12 +49,9 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             _check_zip(temporary)
             record = {"size": temporary.stat().st_size, "sha256": sha256_of(temporary)}
         write_json(_record_path(path), {"step": checkpoint.get("global_step"), **record})
-    except (RuntimeError, OSError, zipfile.BadZipFile) as error:
+    except (RuntimeError, zipfile.BadZipFile) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
-        raise OSError(
-            f"cannot write checkpoint {path} ({error}): free some space or choose another folder; "
-            "older checkpoints are untouched"
-        ) from error
+        raise WriteFailed(path, error) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -88,7 +89,18 @@ def read_published(path: Path) -> dict[str, Tensor]:
         content = content.get("ema", content.get("model", content))
     if not isinstance(content, dict) or not all(isinstance(v, Tensor) for v in content.values()):
         raise ValueError(f"{path} holds no weights: give a .pt of nothing but weights")
-    return content
+    for key, value in content.items():
+        if not value.is_floating_point() or not finite(value):
+            kind = "NaN or infinity" if value.is_floating_point() else f"{value.dtype} numbers"
+            raise ValueError(f"{path}: {key} holds {kind}: give a file of finite weights")
+    if coarse := {str(value.dtype) for value in content.values()} - {"torch.float32"}:
+        warnings.warn(f"{path} holds {', '.join(sorted(coarse))}: taken as float32", stacklevel=2)
+    return {WRAPPERS.sub("", key): value.float() for key, value in content.items()}
+
+
+def finite(value: Tensor) -> bool:
+    """Whether all numbers are; five times as fast as ``isfinite().all()``, and without a copy."""
+    return value.numel() == 0 or bool(torch.stack(value.aminmax()).isfinite().all())
 
 
 def verify(path: Path) -> None:
@@ -100,12 +112,22 @@ def verify(path: Path) -> None:
     record, size = read_json(_record_path(path)), path.stat().st_size
     if size != record["size"]:
         raise ValueError(f"checkpoint {path} has {size} bytes instead of {record['size']}")
-    if sha256_of(path) != record["sha256"]:
+    if digest(path) != record["sha256"]:
         raise ValueError(f"checkpoint {path} is damaged: its SHA-256 differs from the one written")
 
 
+def digest(path: Path) -> str:
+    """The SHA-256 of a checkpoint; computed once a process while nobody writes the file."""
+    return _digest(path, path.stat().st_size, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _digest(path: Path, size: int, mtime_ns: int) -> str:
+    return sha256_of(path)
+
+
 def newest(folder: Path) -> Path | None:
-    """The valid checkpoint with the highest step, ``None`` where there is no checkpoint at all.
+    """The valid checkpoint with the highest step, ``None`` where none was ever finished.
 
     Raises:
         ValueError: there are checkpoints, but none is valid.
@@ -114,11 +136,16 @@ def newest(folder: Path) -> Path | None:
     for path in paths:
         try:
             verify(path)
+            if (step := read_json(_record_path(path))["step"]) != step_of(path):
+                raise ValueError(f"checkpoint {path} is of step {step}, against its name")
             return path
         except ValueError as error:
             warnings.warn(f"skipped: {error}", stacklevel=2)
-    if paths:
-        raise ValueError(f"none of the {len(paths)} checkpoints in {folder} is valid: remove them")
+    # Without a record: of a job that was killed in its very first save.
+    if finished := [path for path in paths if _record_path(path).is_file()]:
+        raise ValueError(
+            f"none of the {len(finished)} checkpoints in {folder} is valid: remove them"
+        )
     return None
 
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import get_args, get_origin
 
 from expertdiff.analysis.consistency import consistency
-from expertdiff.callbacks.checkpoint import Interrupted
+from expertdiff.callbacks.checkpoint import Interrupted, handling, stop_at_once
 from expertdiff.config_verbs import intervals, launch_study
 from expertdiff.data.latents import latents
 from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.expert_cli import ExpertCLI, Parser
+from expertdiff.files import Unusable, WriteFailed
 from expertdiff.jobs import INTERRUPTED
 from expertdiff.measure import measure
 from expertdiff.status import status
@@ -88,15 +89,15 @@ Trains, stitches, compares and samples multi-expert diffusion models.
   expertdiff launch --config configs/digits/mdm.yaml"""
 
 
-CODES = {BlockingIOError: 73, FloatingPointError: 70}
-"""Exit codes of errors that are no bad input: a folder in use, a training that diverged."""
+CODES = {Unusable: 73, WriteFailed: 74, FloatingPointError: 70}
+"""Exit codes of errors that are no bad input."""
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code.
 
-    0 done; 2 bad input; 70 the training diverged; 73 another job holds the folder; 75 interrupted
-    with a checkpoint, to be resumed by the same command.
+    0 done; 2 bad input; 70 the training diverged; 73 the folder is in use or cannot be written;
+    74 a later write failed; 75 interrupted with a checkpoint, to be resumed by the same command.
     """
     args = list(sys.argv[1:] if args is None else args)
     verb = args[0] if args else "--help"
@@ -111,7 +112,10 @@ def main(args: Sequence[str] | None = None) -> int:
     ):
         warnings.filterwarnings("ignore", message=message)
     try:
-        if verb in ExpertCLI.subcommands():
+        if verb == "fit":
+            with handling(stop_at_once):
+                ExpertCLI(args)
+        elif verb in ExpertCLI.subcommands():
             ExpertCLI(args)
         elif verb in PARSED:
             PARSED[verb](args[1:])

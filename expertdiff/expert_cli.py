@@ -2,9 +2,10 @@
 
 import inspect
 import re
+import signal
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 # The imports that look unused make the bare names of their classes known to the command line.
@@ -37,7 +39,7 @@ import expertdiff.networks.mlp
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints
 from expertdiff.analysis.intervals import IntervalMethod
-from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted
+from expertdiff.callbacks.checkpoint import ExactCheckpoint, Interrupted, handling
 from expertdiff.callbacks.ema import EMA
 from expertdiff.callbacks.gates import GateMap
 from expertdiff.callbacks.losses import LossByExpert
@@ -46,7 +48,7 @@ from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, Resolved
 from expertdiff.data.base import Data
 from expertdiff.describe import Described
 from expertdiff.evaluation.inception import COMPARABLE
-from expertdiff.files import locked, read_json
+from expertdiff.files import locked, read_json, writable
 from expertdiff.loggers import StudyLogger
 from expertdiff.methods.base import Method
 from expertdiff.report.study import SHARED
@@ -63,6 +65,10 @@ class Parser(LightningArgumentParser):
         sys.stderr.write(f"expertdiff: error: {' '.join(message.split())}\n")
         raise SystemExit(2)
 
+
+STRATEGIES = ("auto", "ddp", "ddp_find_unused_parameters_true", "ddp_find_unused_parameters_false")
+WHOLE = (DDPStrategy, SingleDeviceStrategy)
+"""Strategies under which each rank has the whole model."""
 
 UNKNOWN = re.compile(r'Parser key "([^"]+)".*Expected a dot import path string: (\S+)', re.DOTALL)
 """What jsonargparse says of a class that it does not find."""
@@ -162,6 +168,8 @@ class ExpertCLI(LightningCLI):
             job, folder = f"test-{self.model.output.name}", self.model.output
         folder = Path(trainer.default_root_dir or folder)
         kwargs["default_root_dir"] = str(folder)
+        if self.subcommand != "validate":
+            writable(folder)
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
             if isinstance(logger, StudyLogger):
                 logger.attach(folder, study.name, job)
@@ -171,6 +179,13 @@ class ExpertCLI(LightningCLI):
             raise ValueError(
                 f"trainer.precision {trainer.precision} is too coarse to train or average: "
                 "use bf16-mixed"
+            )
+        strategy = trainer.strategy
+        if strategy not in STRATEGIES and not isinstance(strategy, WHOLE):
+            name = strategy if isinstance(strategy, str) else type(strategy).__name__
+            raise ValueError(
+                f"trainer.strategy {name} splits or copies a model in ways that averages and exact "
+                "checkpoints do not know: use ddp on several devices, auto on one"
             )
         if SLURMEnvironment.detect():
             # Lightning's requeueing saves in the middle of a step and mixes up experts.
@@ -182,14 +197,22 @@ class ExpertCLI(LightningCLI):
         if not isinstance(model, Method):
             raise ValueError(f"{type(model).__name__} cannot be trained: name a method, as MDM")
         folder = Path(self.trainer.default_root_dir)
+        for foreign in folder.glob("hpc_ckpt_*"):
+            raise ValueError(
+                f"{foreign} was written by Lightning's own requeueing, which resumes from it "
+                "whatever it holds: move it away"
+            )
         keeper = next(c for c in self.trainer.callbacks if isinstance(c, ExactCheckpoint))
         # One lock a run: further ranks of it are other processes.
         first = not getattr(rank_zero_only, "rank", 0)
-        with locked(folder) if first else nullcontext(), keeper.listening():
+        with locked(folder) if first else nullcontext(), handling(keeper.on_signal):
             # Also for a run that was finished before: the checkpoint says whether it is this run.
             ckpt_path = ckpt_path or checkpoints.newest(folder / "checkpoints")
-            with suppress(SystemExit):  # Lightning's answer to a SIGTERM before the first step
+            try:
                 self.trainer.fit(model, datamodule=datamodule, ckpt_path=ckpt_path, **kwargs)
+            except (RuntimeError, ValueError, OSError) as error:
+                self._end_ranks(error)
+                raise
             step, last = self.trainer.global_step, self.trainer.max_steps
             if step < last:
                 raise Interrupted(f"stopped at step {step} of {last}")
@@ -198,6 +221,17 @@ class ExpertCLI(LightningCLI):
                 keeper.record(self.trainer)  # a kill had come between checkpoint and record
         if self.trainer.is_global_zero:
             print(f"{model.job} is trained: {folder}")
+
+    def _end_ranks(self, error: Exception) -> None:
+        """What fails on one rank leaves no other waiting for it."""
+        trainer = self.trainer
+        if trainer.world_size > 1:
+            print(
+                f"rank {trainer.global_rank} of {trainer.world_size} of {trainer.default_root_dir} "
+                f"ends at step {trainer.global_step}: {str(error).partition(chr(10))[0]}",
+                file=sys.stderr,
+            )
+            trainer.strategy.launcher.kill(signal.SIGKILL)
 
     def validate(
         self, model: Method, datamodule: Data, ckpt_path: Any = None, **kwargs: Any

@@ -18,7 +18,7 @@ from expertdiff.cluster import Submission, queue
 from expertdiff.describe import build, describe, differences
 from expertdiff.diffusion.partition import Partition
 from expertdiff.evaluation.judge import Judge
-from expertdiff.files import read_json, sha256_of, write_json, write_text
+from expertdiff.files import read_json, sha256_of, writable, write_json, write_text
 from expertdiff.jobs import Job, finished, run, train
 from expertdiff.report import write_report
 from expertdiff.report.dashboard import dashboard
@@ -57,6 +57,7 @@ class Plan:
 
     def write(self) -> None:
         """Writes down the study, from which it can be launched and submitted."""
+        writable(self.study.folder)
         write_json(self.study.folder / "study.json", self.record)
         config = yaml.safe_dump(self.config, sort_keys=False)
         write_text(self.study.folder / "config.yaml", config)

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from PIL import Image
 
-from expertdiff.files import write_text
+from expertdiff.files import write_text, writing
 from expertdiff.metrics import read_metrics
 
 PATIENCE = 10
@@ -76,7 +76,7 @@ class JsonLines(Logger, StudyLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 

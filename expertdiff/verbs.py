@@ -20,7 +20,7 @@ from expertdiff.evaluation.likelihood import bits_per_dimension, log_likelihood
 from expertdiff.experts.multistage import MultiStage
 from expertdiff.experts.remixed import Remixed
 from expertdiff.experts.routed import RoutedExperts
-from expertdiff.files import replacing, write_json
+from expertdiff.files import replacing, writable, write_json
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.report import write_report
 
@@ -86,6 +86,7 @@ def sample(
         guidance=guidance,
     )
     output = Path(output or Path(bundle) / "samples")
+    writable(output)
     model = Stitched(Path(bundle), protocol, output, lazy)
     trainer = Trainer(
         devices=1,

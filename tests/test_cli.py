@@ -147,7 +147,11 @@ class TestFaults:
         assert "use bf16-mixed" in refused(capsys, "fit", *TINY, *options)
 
     def test_a_root_that_cannot_be(self, capsys):
-        assert "/dev/null" in refused(capsys, "fit", *TINY, "--study.root=/dev/null/x")
+        for verb in ("fit", "launch"):
+            assert main([verb, *TINY, "--study.root=/dev/null/x"]) == 73
+            assert "/dev/null/x/tiny/expert-0 cannot be written (Not a directory)" in (
+                capsys.readouterr().err.replace("x/tiny cannot", "x/tiny/expert-0 cannot")
+            )
 
     def test_a_run_in_use(self, fit, tmp_path, capsys):
         with files.locked(tmp_path / "tiny" / "expert-0"):
@@ -229,9 +233,9 @@ class TestCheckpoints:
 
         monkeypatch.setattr(torch, "save", full)
         capsys.readouterr()
-        assert fit("--trainer.max_steps=8") == 2
+        assert fit("--trainer.max_steps=8") == 74
         error = capsys.readouterr().err.strip().splitlines()[-1]
-        assert "cannot write checkpoint" in error and "No space left" in error
+        assert "step-00000008.ckpt (No space left on device)" in error
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
         monkeypatch.undo()
         assert fit("--trainer.max_steps=8") == 0
@@ -264,11 +268,11 @@ class TestCheckpoints:
         assert fit("--trainer.max_steps=4") == 0
 
         def full(path, value):
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise files.WriteFailed(path, OSError(errno.ENOSPC, "No space left on device"))
 
         monkeypatch.setattr(checkpoints, "write_json", full)
-        assert fit("--trainer.max_steps=8") == 2
-        assert "older checkpoints are untouched" in capsys.readouterr().err
+        assert fit("--trainer.max_steps=8") == 74
+        assert "older files are untouched" in capsys.readouterr().err
         monkeypatch.undo()
         folder = tmp_path / "tiny" / "expert-0" / "checkpoints"
         with pytest.warns(UserWarning, match="is unfinished"):

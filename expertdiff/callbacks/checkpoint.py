@@ -2,12 +2,13 @@
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
@@ -20,6 +21,32 @@ from expertdiff.methods.base import Method, device_name
 
 class Interrupted(BaseException):
     """Training stopped at a step border on request, with a checkpoint; it can be resumed."""
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
+@contextmanager
+def handling(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Inside, the signals that ask to stop are `handler`'s."""
+    previous = {number: signal.getsignal(number) for number in SIGNALS}
+    listen(handler)
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def listen(handler: Callable[[int, Any], None]) -> None:
+    """From now on, the signals that ask to stop are `handler`'s."""
+    for number in SIGNALS:
+        signal.signal(number, handler)
+
+
+def stop_at_once(number: int, frame: Any) -> None:
+    """A handler for the time before training, when there is nothing to save."""
+    raise Interrupted("stopped before training began")
 
 
 class _VerifiedIO(CheckpointIO):
@@ -46,12 +73,15 @@ class ExactCheckpoint(Checkpoint):
     SIGUSR1, SIGHUP or Ctrl-C, after which training stops with `Interrupted`. ``done.json`` appears
     when ``max_steps`` is reached.
 
+    Several ranks stop at one step: every `ASK_EVERY` seconds, counted in steps that they agree on,
+    they ask each other on their hosts, so that no accelerator has to wait.
+
     Args:
         every_n_steps: optimizer steps between checkpoints.
         keep: how many checkpoints stay; ``None`` keeps all.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    ASK_EVERY = 5.0
 
     def __init__(self, every_n_steps: int = 1000, keep: int | None = 2) -> None:
         if every_n_steps < 1 or (keep is not None and keep < 1):
@@ -63,8 +93,13 @@ class ExactCheckpoint(Checkpoint):
         self._saved_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            trainer.strategy.checkpoint_io = _VerifiedIO()
+        if stage != "fit":
+            return
+        trainer.strategy.checkpoint_io = _VerifiedIO()
+        # Lightning's handler of SIGTERM broadcasts wherever the signal finds it, which hangs ranks,
+        # and its loop reads the answer back from the device at every step.
+        trainer._signal_connector.register_signal_handlers = lambda: None
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.elapsed()}
@@ -76,25 +111,13 @@ class ExactCheckpoint(Checkpoint):
         """Wall-clock seconds of training without validation, over all resumes."""
         return self.seconds + (time.monotonic() - self._since if self._since else 0.0)
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside, signals only set a flag, which training obeys at its next step border."""
-        previous = {number: signal.getsignal(number) for number in self.SIGNALS}
-        self._listen()
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-
-    def _listen(self) -> None:
-        for number in self.SIGNALS:
-            signal.signal(number, self._on_signal)
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since, self._saved_step = time.monotonic(), trainer.global_step
-        # Again, after Lightning's own, which would end a signalled run with exit code 0.
-        self._listen()
+        listen(self.on_signal)  # again, should anything have replaced our handlers since
+        self._asked = self._ask_at = trainer.global_step
+        self._asked_at = time.monotonic()
+        if trainer.world_size > 1:
+            self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         if trainer.is_global_zero:
             self._set_aside(trainer)
         if self._agreed(trainer):
@@ -109,7 +132,8 @@ class ExactCheckpoint(Checkpoint):
         for path in folder.glob(".step-*.tmp"):  # of a job that was killed while it wrote
             path.unlink()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def on_signal(self, number: int, frame: Any) -> None:
+        """A handler for the time of training, which stops at the next step border."""
         # Only a flag: a handler may run in the middle of anything. A second Ctrl-C does not wait.
         if self._signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
@@ -137,10 +161,17 @@ class ExactCheckpoint(Checkpoint):
     def _agreed(self, trainer: Trainer) -> bool:
         if trainer.world_size == 1:
             return self._signalled
-        if trainer.global_step % 10:  # the ranks meet at common steps only, and seldom
+        if (step := trainer.global_step) < self._ask_at:
             return False
-        flag = torch.tensor(self._signalled, dtype=torch.int32, device=trainer.strategy.root_device)
-        return bool(trainer.strategy.reduce(flag, reduce_op="max").item())
+        now, gap = time.monotonic(), step - self._asked
+        mine = [float(self._signalled), (now - self._asked_at) / max(1, gap)]
+        told = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(told, dist.ReduceOp.MAX, group=self._group)
+        signalled, seconds = told.tolist()
+        # At most twice the last gap: the first steps are no measure of those to come.
+        self._ask_at = step + max(1, min(2 * gap, int(self.ASK_EVERY / max(seconds, 1e-6))))
+        self._asked, self._asked_at = step, now
+        return bool(signalled)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._save(trainer)
@@ -180,9 +211,9 @@ class ExactCheckpoint(Checkpoint):
         self, trainer: Trainer, pl_module: Method, checkpoint: dict[str, Any]
     ) -> None:
         for name, value in checkpoint[RAW].items():
-            if not value.isfinite().all():
+            if not checkpoints.finite(value):
                 raise FloatingPointError(
                     f"{pl_module.job} diverged: {name} is not finite at step "
-                    f"{trainer.global_step}; lower the learning rate and run again from the last "
-                    "checkpoint"
+                    f"{trainer.global_step}; the checkpoints before are whole: start another study "
+                    "from one (model.init_from), with a lower learning rate or clipped gradients"
                 )

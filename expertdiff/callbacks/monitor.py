@@ -33,8 +33,9 @@ POINTS = 2000
 class LossByInterval(Callback):
     """Logs the losses of each interval of the partition, and the speed.
 
-    Training losses are the mean of the steps since the last line, gathered on the device and read
-    every ``log_every_n_steps``; validation losses are those of the averaged weights.
+    Training losses are the mean of the steps since the last line and of all ranks, gathered on the
+    device and read every ``log_every_n_steps``; validation losses are those of the averaged
+    weights. A loss that is not finite ends the training on all ranks at once.
     """
 
     def on_train_start(self, trainer: Trainer, pl_module: Method) -> None:
@@ -45,8 +46,8 @@ class LossByInterval(Callback):
 
     def _start_window(self, trainer: Trainer, pl_module: Method) -> None:
         self._sums = torch.zeros(3, len(pl_module.partition), device=pl_module.device)
-        self._loss = torch.zeros((), device=pl_module.device)
-        self._batches, self._began, self._step = 0, time.monotonic(), trainer.global_step
+        self._window: list[tuple[int, Tensor, Tensor]] = []  # micro-batch, loss, t: read if need be
+        self._began, self._step = time.monotonic(), trainer.global_step
 
     def on_train_batch_end(
         self,
@@ -59,25 +60,40 @@ class LossByInterval(Callback):
         owner = pl_module.partition.index(pl_module.process.progress(outputs["t"]))
         rows = torch.stack([outputs["mse"], outputs["vb"], torch.ones_like(outputs["mse"])])
         self._sums.index_add_(1, owner, rows)
-        self._loss += outputs["loss"]
-        self._batches += 1
+        self._window.append((batch_idx, outputs["loss"].detach(), outputs["t"]))
         steps = trainer.global_step - self._step
         if steps < trainer.log_every_n_steps and trainer.global_step < trainer.max_steps:
             return
-        sums, loss = self._sums.tolist(), float(self._loss) / self._batches / len(pl_module.seeds)
+        mean = torch.stack([loss for _, loss, _ in self._window]).mean()
+        told = torch.cat([self._sums.flatten(), mean.reshape(1)])
+        if trainer.world_size > 1:
+            told = trainer.strategy.reduce(told, reduce_op="sum")
+        *flat, loss = told.tolist()
+        sums = torch.tensor(flat).view_as(self._sums).tolist()
+        loss /= trainer.world_size * len(pl_module.seeds)
         speed = steps / (time.monotonic() - self._began)
-        values = {"train/loss": loss, "steps_per_second": speed} | _by_interval(
-            pl_module.error, "train", sums
-        )
+        values = {"train/loss": loss, "steps_per_second": speed}
+        values |= _by_interval(pl_module.error, "train", sums)
+        if scaler := getattr(trainer.precision_plugin, "scaler", None):  # float16 only
+            values["loss_scale"] = scaler.get_scale()  # each overflow, a skipped step, halves it
         if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"{pl_module.job} diverged: its loss is {loss} at step {trainer.global_step}; "
-                "lower the learning rate and run again from the last checkpoint"
-            )
+            raise FloatingPointError(self._diverged(trainer, pl_module))
         # On the CPU: a progress bar asks for it every step, and must not ask the GPU.
         pl_module.log("loss", torch.tensor(loss), prog_bar=True, logger=False)
         _log(trainer, values)
         self._start_window(trainer, pl_module)
+
+    def _diverged(self, trainer: Trainer, method: Method) -> str:
+        """What to do, and the first micro-batch of this rank whose loss is not finite."""
+        where = "on another rank"
+        for n, loss, t in reversed(self._window):
+            if not loss.isfinite():
+                where = f"first {loss:g} in micro-batch {n}, with t from {t.min():g} to {t.max():g}"
+        return (
+            f"{method.job} diverged: its loss is not finite in steps {self._step + 1} to "
+            f"{trainer.global_step} ({where}); the checkpoints before are whole: start another "
+            "study from one (model.init_from), with a lower learning rate or clipped gradients"
+        )
 
     def on_validation_start(self, trainer: Trainer, pl_module: Method) -> None:
         self._validation = torch.zeros(3, len(pl_module.partition), device=pl_module.device)

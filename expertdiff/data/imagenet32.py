@@ -1,5 +1,6 @@
 """ImageNet at 32 x 32 pixels: two data sets of one name."""
 
+import errno
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -186,7 +187,7 @@ def pack(folder: Path, count: int) -> None:
                     file.write(np.stack(block).tobytes())
                     bar.update(len(block))
     except OSError as error:
-        forbidden = isinstance(error, PermissionError)
+        forbidden = error.errno in (errno.EACCES, errno.EPERM)
         need = "permission to write" if forbidden else f"{count * 3072 / 2**30:.1f} GiB of room"
         raise ValueError(
             f"cannot write {packed} ({error.strerror}): make sure of {need} there, or copy "

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -312,10 +313,14 @@ class Method(LightningModule, ABC):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         record = checkpoint.setdefault(IDENTITY, {})
-        record |= self.run_identity() | {"max_steps": self.trainer.max_steps}
+        record |= self.run_identity()
+        record |= {"max_steps": self.trainer.max_steps, "versions": versions()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         same_run(self.run_identity(), checkpoint)
+        theirs = checkpoint[IDENTITY].get("versions")
+        if changed := differences(versions(), theirs, "versions"):
+            rank_zero_warn(f"a training goes on with other {'; '.join(changed)}: not bit for bit")
 
     def run_identity(self) -> dict[str, Any]:
         """Whatever changes the bits of a run, except how long it goes on."""
@@ -390,6 +395,11 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that decide the bits of a training."""
+    return {"torch": str(torch.__version__), "lightning": lightning.__version__}
 
 
 def device_name(device: torch.device) -> str:

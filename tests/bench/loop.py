@@ -65,14 +65,11 @@ class Clock(Callback):
         self.last = now
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=8)
-    args = parser.parse_args()
+def method() -> Diffusion:
+    """A network of about 10M parameters, as `fit` trains it."""
     network = ADMUNet(32, model_channels=80, num_res_blocks=2, channel_mult=(1, 2, 2),
                       attention_resolutions=(8,), learn_sigma=False)  # fmt: skip
-    module = Diffusion(
+    return Diffusion(
         network=network,
         process=DiscreteVP(CosineBetas()),
         prediction=Eps(),
@@ -81,6 +78,14 @@ def main() -> None:
         partition=Partition([0, 0.1, 0.8, 1]),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-4, fused=True),
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=8)
+    args = parser.parse_args()
+    module = method()
     clock = Clock(module)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -98,7 +103,7 @@ def main() -> None:
         trainer.fit(module, datamodule=Noise32(args.batch, 1000, "validation", flip=True))
     steps, inside = clock.steps[1:], clock.inside[2:]
     outside = [1 - b / a for a, b in zip(steps, inside)]
-    millions = sum(p.numel() for p in network.parameters()) / 1e6
+    millions = sum(p.numel() for p in module.network.parameters()) / 1e6
     print(f"\n{millions:.1f}M parameters, batch {args.batch}, logging at every step")
     print(f"step: {1e3 * statistics.median(steps):.0f} ms")
     print(f"forward, backward, optimizer: {1e3 * statistics.median(inside):.0f} ms")
