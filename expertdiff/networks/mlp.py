@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from expertdiff.networks.network import EncoderDecoder, Network
+from expertdiff.networks.unet import zero
 
 
 class Embedding(nn.Module):
@@ -116,6 +117,8 @@ class MLPDenoiser(EncoderDecoder):
 class MLPLogit(Network):
     """A logit [B, 1] of points of the plane [B, 2], for `Discrimination`.
 
+    A fresh network outputs exactly 0.
+
     Args:
         width: of the residual layers.
         depth: how many.
@@ -127,6 +130,7 @@ class MLPLogit(Network):
         super().__init__()
         self.T, self.embedding = T, Embedding(scale, T)
         self.network = body(width, depth, None, outputs=1)
+        zero(self.network[-1])
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return self.network(self.embedding(x_t, t))
