@@ -310,7 +310,7 @@ class TestCheckpoints:
 
 
 LAYERS = [
-    {"seeds", "devices", "describe", "files", "look", "metrics", "cluster"},
+    {"seeds", "devices", "describe", "files", "look", "metrics", "cluster", "int8"},
     {"diffusion", "networks", "checkpoints"},
     {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},

@@ -1,5 +1,6 @@
 """The losses of experts on each other's intervals."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from expertdiff.analysis.losses import best_at_home, expert_losses, losses_figure
 from expertdiff.data.base import Batch
 from expertdiff.diffusion.denoiser import Eps, NetworkDenoiser
+from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import DiscreteVP, LinearBetas
 from expertdiff.diffusion.timesteps import Uniform
 from expertdiff.diffusion.weighting import Simple
+from expertdiff.experts.multistage import MultiStage
 from expertdiff.experts.remixed import Remixed
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.methods.mdm import MDM
@@ -42,6 +45,18 @@ def validated(cls, partition, weights, network, **options):
     with torch.no_grad():
         found = module.eval().validation_step(BATCH, 0)
     return {i: mse.double().mean().item() for i, (mse, _) in found.items()}
+
+
+def test_each_decoder_is_asked_everywhere():
+    torch.manual_seed(0)
+    network = MultiStage(MLPDenoiser(16, 2, T=1000), [16, 8], Partition([0, 0.5, 1]))
+    found = expert_losses(denoiser(network), X0, None)
+    assert network.active is None
+    for i, width in enumerate([16, 8]):
+        plain = MLPDenoiser(16, 2, T=1000, decoder_width=width)
+        plain.load(network.expert(i))
+        whole = RoutedExperts([denoiser(plain), denoiser(copy.deepcopy(plain))], network.partition)
+        assert found["mse"][i] == pytest.approx(expert_losses(whole, X0, None)["mse"][0], rel=1e-5)
 
 
 def test_each_expert_is_asked_everywhere():

@@ -251,7 +251,7 @@ def test_probabilities_that_cannot_be_had(act, message):
 
 
 def test_decoder_by_decoder_each_job_has_its_own(monkeypatch):
-    trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0)
+    trainer = SimpleNamespace(accumulate_grad_batches=1, global_step=0, world_size=1, max_steps=10)
     monkeypatch.setattr(MDM, "global_rank", 0)
     monkeypatch.setattr(MDM, "trainer", trainer)
     batch = Batch(torch.randn(8, 2), torch.zeros(8).long(), torch.arange(8))

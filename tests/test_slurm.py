@@ -328,15 +328,15 @@ class TestCluster:
         cluster.run("scontrol", "update", f"jobid={long}", f"TimeLimit={60 * hours + minutes + 2}")
         cluster.wait_for(lambda: f"requeueing {long}" in log.read_text())
         assert "ended with exit code 75" in log.read_text()
-        cluster.wait_for(lambda: f"{array}_0" in cluster.ended() and evaluation in cluster.ended())
+        cluster.wait_for(lambda: {f"{array}_0", f"{array}_1"} <= cluster.ended().keys())
         assert cluster.ended()[f"{array}_0"][-1][0] == "FAILED"
-        assert cluster.ended()[evaluation][-1][0] == "CANCELLED"  # instead of waiting for ever
         assert cluster.ended()[f"{array}_1"][-1][0] == "COMPLETED"
         cluster.hasten(long)
         cluster.wait_for(lambda: log.read_text().count(f"task {long} trains expert-2") == 2)
         cluster.run("scancel", long)
         cluster.wait_for(lambda: not cluster.queue())
         assert cluster.ended()[long][-1][0] == "CANCELLED"
+        assert cluster.ended()[evaluation][-1][0] == "CANCELLED"  # instead of waiting for ever
         again = cluster.run(
             *[ROOT / "slurm/submit.sh", TOY[1], *OPTIONS, f"--study.root={tmp_path}"],
             *["--study.name=study", *options, "--dry-run"],

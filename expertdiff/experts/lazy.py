@@ -80,6 +80,7 @@ class LazyExpert(Denoiser):
         super().__init__()
         self.slot, self.i, self.denoiser = slot, i, slot.denoiser
         self.process, self.partition = slot.denoiser.process, slot.denoiser.partition
+        self.prediction = slot.denoiser.prediction
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         self.slot.take(self.i)

@@ -24,6 +24,9 @@ class MultiStage(Network):
         partition: who owns which t.
         T: timesteps of the chain.
 
+    Attributes:
+        active: the decoder of every t, to ask one about intervals of others; else ``None``.
+
     Raises:
         ValueError: not one width an interval, an interval without timesteps, or a network of
             another chain.
@@ -39,7 +42,7 @@ class MultiStage(Network):
         super().__init__()
         _check(network, widths, partition, T)
         self.T, self.num_classes, self.null_class = T, network.num_classes, network.null_class
-        self.partition = partition
+        self.partition, self.active = partition, None
         encoding, decoding = network.halves()
         self.encoder = _without(copy.deepcopy(network), decoding)
         # The given decoder comes first, where it fits: its weights were drawn with the encoder's.
@@ -60,6 +63,8 @@ class MultiStage(Network):
             )
         owner = owner_of(t, self.partition, self.T)
         code = self.encoder.encode(x_t, t.to(x_t.device, non_blocking=True), y)
+        if self.active is not None:
+            return self.decoders[self.active].decode(*code)
         return by_owner(owner, lambda i, *rows: self.decoders[i].decode(*rows), *code)
 
     def expert(self, i: int) -> dict[str, Tensor]:

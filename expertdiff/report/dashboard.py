@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import wandb
 from lightning.pytorch.cli import instantiate_class
 
 from expertdiff.loggers import WandB, log_picture
@@ -42,6 +41,8 @@ def _offline(folder: Path) -> list[str]:
 
 
 def _summarize(folder: Path, logger: WandB) -> None:
+    import wandb  # slow to import
+
     study = read_study(folder)
     logger.attach(folder / "summary", study.facts["name"], "summary")
     logger.log_hyperparams(study.facts | {"verdict": verdict(study)})
