@@ -65,6 +65,8 @@ class Expert:
     def read(cls, source: Path, seed: int | None = None) -> "Expert":
         """From a training run's folder (its newest checkpoint), a checkpoint, or a bundle's file.
 
+        Of a run that keeps its best weights it takes those.
+
         Args:
             source: the folder or file.
             seed: which network to take of a run that trained several seeds side by side.
@@ -75,12 +77,14 @@ class Expert:
         source = Path(source)
         if source.suffix == ".safetensors":
             return cls._from_bundle(source)
-        path = source
+        path, trained = source, None
         if source.is_dir():
-            newest = checkpoints.newest(source / "checkpoints")
-            if newest is None:
+            path = checkpoints.newest(source / "checkpoints")
+            if path is None:
                 raise ValueError(f"{source} holds no checkpoint: train it with `expertdiff fit`")
-            path = newest
+            trained = checkpoints.step_of(path)
+            if (source / checkpoints.BEST).is_file():
+                path = source / checkpoints.BEST
         content = checkpoints.load(path)
         identity = content.get(checkpoints.IDENTITY)
         if identity is None:
@@ -100,7 +104,8 @@ class Expert:
             weights = {key: value[member].clone() for key, value in weights.items()}
             identity = identity | {"seeds": [seed], "stacked": False}
         _check_weights(path, weights)
-        return cls(path, identity, content["global_step"], checkpoints.digest(path), weights)
+        step = content["global_step"] if trained is None else trained
+        return cls(path, identity, step, checkpoints.digest(path), weights)
 
     @classmethod
     def start(cls, source: Path) -> "Expert":

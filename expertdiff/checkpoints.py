@@ -28,6 +28,10 @@ AVERAGED, RAW = "state_dict", "current_model_state"
 """Keys of the two sets of weights in a checkpoint; Lightning loads the first."""
 
 
+BEST = "best.ckpt"
+"""The file in the folder of a run that keeps its best weights beside its newest ones."""
+
+
 def checkpoint_path(folder: Path, step: int) -> Path:
     """The file of the checkpoint of `step`."""
     return folder / f"step-{step:08d}.ckpt"

@@ -11,6 +11,7 @@ from expertdiff.evaluation.kinds import kind
 from expertdiff.expert_cli import ConfigOnly, Parser, classes_for
 from expertdiff.files import read_json
 from expertdiff.launch import Plan, launch, plan, submit
+from expertdiff.methods.discrimination import Discrimination
 
 
 def launch_study(args: Sequence[str]) -> None:
@@ -54,6 +55,10 @@ def launch_study(args: Sequence[str]) -> None:
 
 def plan_config(cli: ConfigOnly, parallel: int | None) -> Plan:
     """The study of this configuration."""
+    if isinstance(cli.model, Discrimination):
+        raise ValueError(
+            "a discriminator draws nothing that a launch could judge: train it with expertdiff fit"
+        )
     config = cli.resolved()
     for name in ("max_steps", "default_root_dir"):
         if config["trainer"][name] not in (-1, None):
@@ -64,7 +69,7 @@ def plan_config(cli: ConfigOnly, parallel: int | None) -> Plan:
     data, evaluation = cli.datamodule.identity(), cli.study.evaluation
     if evaluation:  # what a test would refuse is refused before the training
         evaluation.check(kind(data), "the model")
-        evaluation.guided(cli.model.denoiser)
+        evaluation.guided(cli.model.denoiser, data)
     return plan(cli.study, config, data, cli.model.job, parallel)
 
 

@@ -20,11 +20,13 @@ from lightning.pytorch.utilities import rank_zero_only
 import expertdiff.callbacks.momentum
 import expertdiff.data
 import expertdiff.diffusion.guidance
+import expertdiff.discriminator
 import expertdiff.evaluation.cloud
 import expertdiff.evaluation.inception
 import expertdiff.experts.gated
 import expertdiff.experts.multistage
 import expertdiff.experts.remixed
+import expertdiff.methods.discrimination
 import expertdiff.methods.dualdiff
 import expertdiff.methods.mdm
 import expertdiff.methods.remix
@@ -32,6 +34,7 @@ import expertdiff.methods.single
 import expertdiff.methods.uncertainty
 import expertdiff.networks.ddpmpp
 import expertdiff.networks.dit
+import expertdiff.networks.encoder
 import expertdiff.networks.mlp
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints
@@ -140,7 +143,8 @@ class ExpertCLI(LightningCLI):
         if "seed" in arguments:
             arguments.seed = int(config.seed_everything)
         study = config.study
-        if "expert" in arguments and study.shared and arguments.init_from is None:
+        starts = "expert" in arguments and "init_from" in arguments
+        if starts and study.shared and arguments.init_from is None:
             arguments.init_from = Path(study.root) / study.name / SHARED
             if not (arguments.init_from / "done.json").is_file():
                 raise ValueError(

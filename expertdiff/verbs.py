@@ -68,7 +68,8 @@ def sample(
         samples: how many; by default 64 images or 10,000 points.
         seed: sample i is a function of (seed, i).
         sampler: by default DDIM with 50 steps for images, DDPM with all steps for points.
-        guidance: towards labels, as ``ClassifierFree --guidance.scale 1.5``; by default none.
+        guidance: towards labels, as ``ClassifierFree --guidance.scale 1.5``, or towards data, as
+            ``Discriminator --guidance.path DIR --guidance.weight 1``; by default none.
         batch_size: samples at a time, does not change them; by default 64 images or 10,000 points.
         precision: of the network, ``32-true`` or ``bf16-mixed``.
         lazy: keep one expert in memory and read the next one meanwhile; the samples are the same.

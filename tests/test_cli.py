@@ -314,6 +314,7 @@ LAYERS = [
     {"diffusion", "networks", "checkpoints"},
     {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},
+    {"discriminator"},
     {"methods"},
     {"analysis"},
     {"callbacks", "study", "report", "status"},
@@ -325,7 +326,15 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-WITHOUT_LIGHTNING = {"diffusion", "networks", "experts", "bundle", "checkpoints", "evaluation"}
+WITHOUT_LIGHTNING = {
+    "diffusion",
+    "networks",
+    "experts",
+    "bundle",
+    "checkpoints",
+    "evaluation",
+    "discriminator",
+}
 
 
 def test_imports_point_one_way():

@@ -374,7 +374,7 @@ def test_log_likelihood_refuses_what_it_cannot_follow():
         def alpha_sigma(self, t):
             return expand(t, t), t
 
-        progress = times = visited = alpha_sigma
+        progress = times = visited = at_log_snr = alpha_sigma
 
     with pytest.raises(ValueError, match="not for Other"):
         log_likelihood(Gaussians(Other(), *ONE), torch.zeros(3, 2))

@@ -142,8 +142,11 @@ class Mixer:
 
     def _denoisers(self, mixes: dict[str, Mix]) -> dict[Path, Denoiser]:
         paths = dict.fromkeys(path for mix in mixes.values() for path in mix)
-        guided = self.evaluation.guided
-        return {path: guided(Expert.read(path).denoiser()).to(self.device) for path in paths}
+        experts = {path: Expert.read(path) for path in paths}
+        return {
+            path: self.evaluation.guided(e.denoiser(), e.identity["data"]).to(self.device)
+            for path, e in experts.items()
+        }
 
 
 class Walk:

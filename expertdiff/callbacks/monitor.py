@@ -72,7 +72,8 @@ class LossByInterval(Callback):
         sums = torch.tensor(flat).view_as(self._sums).tolist()
         loss /= trainer.world_size * len(pl_module.seeds)
         speed = steps / (time.monotonic() - self._began)
-        values = {"train/loss": loss, "steps_per_second": speed} | _by_interval("train", sums)
+        values = {"train/loss": loss, "steps_per_second": speed}
+        values |= _by_interval(pl_module.error, "train", sums)
         if scaler := getattr(trainer.precision_plugin, "scaler", None):  # float16 only
             values["loss_scale"] = scaler.get_scale()  # each overflow, a skipped step, halves it
         if not math.isfinite(loss):
@@ -115,18 +116,18 @@ class LossByInterval(Callback):
         sums = trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
         if trainer.state.fn == TrainerFn.VALIDATING:
             if trainer.is_global_zero:
-                for name, value in _by_interval("val", sums).items():
+                for name, value in _by_interval(pl_module.error, "val", sums).items():
                     print(f"{name}: {value:.6f}")
             return
-        _log(trainer, _by_interval("val", sums))
+        _log(trainer, _by_interval(pl_module.error, "val", sums))
         self._began += time.monotonic() - self._validation_began  # no part of the speed
 
 
-def _by_interval(stage: str, sums: list[list[float]]) -> dict[str, float]:
+def _by_interval(error: str, stage: str, sums: list[list[float]]) -> dict[str, float]:
     values = {}
     for i, (mse, vb, count) in enumerate(zip(*sums)):
         if count:
-            values |= {f"{stage}/mse/{i}": mse / count, f"{stage}/vb/{i}": vb / count}
+            values |= {f"{stage}/{error}/{i}": mse / count, f"{stage}/vb/{i}": vb / count}
     return values
 
 

@@ -73,6 +73,31 @@ class V(PredictionType):
         return snr + 1
 
 
+class Logit(PredictionType):
+    """The log-odds [B, 1] that x_t is a noised real item, not a noised generated one.
+
+    Raises:
+        ValueError: asked for x0 and eps, which it does not stand for.
+    """
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        raise ValueError(NO_DENOISER)
+
+    def x0_eps(
+        self, output: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        raise ValueError(NO_DENOISER)
+
+    def gain(self, snr: Tensor) -> Tensor:
+        return snr.new_ones(snr.shape)
+
+
+NO_DENOISER = (
+    "a discriminator denoises nothing: name the model that it guides, and the discriminator as "
+    "its guidance"
+)
+
+
 @dataclass
 class Prediction:
     """What a denoiser says about x_t; all tensors [B, ...] float32.
@@ -100,6 +125,11 @@ class Denoiser(nn.Module, ABC):
 
     process: NoiseProcess
     partition = Partition((0, 1))
+
+    @property
+    def ahead(self) -> "Denoiser":
+        """What a sampler asks that looks ahead within a step; guidance may be left out there."""
+        return self
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:

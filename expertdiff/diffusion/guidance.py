@@ -1,13 +1,17 @@
-"""Guidance: a denoiser made from another one, whose samples follow their labels more closely."""
+"""Guidance: a denoiser made from another one, whose samples follow labels or data more closely."""
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertdiff.describe import Described
 from expertdiff.diffusion.denoiser import Denoiser, Prediction
+from expertdiff.diffusion.process import expand
 
 
 class Guidance(Described, ABC):
@@ -16,6 +20,9 @@ class Guidance(Described, ABC):
     @abstractmethod
     def __call__(self, denoiser: Denoiser) -> Denoiser:
         """The guided denoiser; raises a ValueError where this one cannot be guided."""
+
+    def check(self, data: Mapping[str, Any]) -> None:
+        """Raises a ValueError where a model of these data (`Data.identity`) cannot be guided."""
 
 
 class ClassifierFree(Guidance):
@@ -83,6 +90,47 @@ class Guided(Denoiser):
         labelled, null = both.chunk(2)
         guided, k = null.lerp(labelled, self.scale), self.channels or both.shape[1]
         return torch.cat([guided[:, :k], labelled[:, k:]], dim=1)
+
+
+class Discriminated(Denoiser):
+    """eps' = eps - weight sigma grad_x l(x_t, t), l being the logit of real against generated.
+
+    grad_x l of a perfect logit is the score of noised data minus that of noised samples, so at
+    weight 1 a perfect logit corrects any denoiser. The logit itself is differentiated, in float32:
+    a sigmoid would saturate where it is surest (Kim et al. 2023, arXiv 2211.17091, eq. 8). Of a
+    sampler of second order only the first call of a step is guided, as there.
+
+    Args:
+        denoiser: what is guided.
+        logit: ``(x_t [B, ...], t [B]) -> l [B]``, differentiable in x_t.
+        weight: 0 does not guide.
+    """
+
+    def __init__(self, denoiser: Denoiser, logit: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.denoiser, self.logit, self.weight = denoiser, logit, weight
+        self.process, self.partition = denoiser.process, denoiser.partition
+
+    @property
+    def ahead(self) -> Denoiser:
+        return self.denoiser
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
+        plain = self.denoiser(x_t, t, y)
+        alpha, sigma = (expand(c, x_t) for c in self.process.alpha_sigma(t.to(x_t.device)))
+        push = self.weight * sigma * self._gradient(x_t, t)
+        # Both are moved, as x_t = alpha x0 + sigma eps.
+        return replace(plain, x0=plain.x0 + sigma / alpha * push, eps=plain.eps - push)
+
+    def _gradient(self, x_t: Tensor, t: Tensor) -> Tensor:
+        # Samplers run without gradients, and Lightning's predictions in inference mode.
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(x_t.device.type, enabled=False),
+        ):
+            x = x_t.detach().float().clone().requires_grad_()
+            return torch.autograd.grad(self.logit(x, t.clone()).sum(), x)[0]
 
 
 def null_class(denoiser: Denoiser) -> int:

@@ -48,6 +48,10 @@ class NoiseProcess(Described, nn.Module, ABC):
             ValueError: `steps` is not understood, or cannot be had.
         """
 
+    @abstractmethod
+    def at_log_snr(self, log_snr: Tensor) -> Tensor:
+        """The t [B] of ln(alpha^2 / sigma^2) [B]; where there are timesteps, the nearest."""
+
     def condition(self, t: Tensor) -> Tensor:
         """What the network is told of t."""
         return t
@@ -146,6 +150,10 @@ class DiscreteVP(NoiseProcess):
     def visited(self, steps: int | str | None) -> Tensor:
         return torch.tensor(spaced(self.T, steps)[::-1])
 
+    def at_log_snr(self, log_snr: Tensor) -> Tensor:
+        falling = (self.alpha_bar / (1 - self.alpha_bar)).log().to(log_snr.device)
+        return torch.bucketize(-log_snr.double(), -(falling[1:] + falling[:-1]) / 2)
+
     def posterior_log_variance(self, t: Tensor) -> Tensor:
         """log beta~_t, the variance of q(x_{t-1} | x_t, x0); at t = 0, where it is 0, beta~_1."""
         t = t.clamp(min=1)
@@ -202,10 +210,6 @@ class ContinuousProcess(NoiseProcess, ABC):
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
         """ln(alpha^2 / sigma^2), float64 [B], decreasing in t."""
-
-    @abstractmethod
-    def at_log_snr(self, log_snr: Tensor) -> Tensor:
-        """The t of a log-SNR, float64 [B]."""
 
     def snr(self, t: Tensor) -> Tensor:
         return self.log_snr(t).exp()

@@ -165,7 +165,7 @@ class Sampler(Described, ABC):
         steps = [Step(*here, *there) for here, there in zip(grid, grid[1:])]
         owners = denoiser.partition.index(process.progress(visited)).tolist()
 
-        def predict(x: Tensor, k: int) -> Prediction:
+        def predict(x: Tensor, k: int, denoiser: Denoiser) -> Prediction:
             prediction = denoiser(x, visited[k].repeat(len(x)), y)
             if not self.clip:
                 return prediction
@@ -178,7 +178,7 @@ class Sampler(Described, ABC):
         before = start.before if start else None
         for k in range(first, len(steps)):
             yield State(k, visited[k].item(), x, before)
-            now = predict(x, k)
+            now = predict(x, k, denoiser)
             moment = Moment(
                 x_t=x,
                 now=now,
@@ -187,7 +187,7 @@ class Sampler(Described, ABC):
                 last=steps[k - 1] if k else None,
                 crossed=k > 0 and owners[k] != owners[k - 1],
                 noise=lambda k=k: noise(k + 1),
-                ahead=lambda x_s, k=k: predict(x_s, k + 1),
+                ahead=lambda x_s, k=k: predict(x_s, k + 1, denoiser.ahead),
             )
             x, before = self.step(moment), now if self.multistep else None
         yield State(len(steps), -1, x, before)

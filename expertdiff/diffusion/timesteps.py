@@ -84,6 +84,26 @@ class Uniform(TimestepSampler):
         return process.times(u, interval), torch.ones(n, device=generator.device)
 
 
+class UniformLogSNR(TimestepSampler):
+    """Every log-SNR of the interval alike."""
+
+    def sample(
+        self,
+        n: int,
+        interval: Interval,
+        generator: torch.Generator,
+        process: NoiseProcess,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        device = generator.device
+        u = torch.rand(n, generator=generator, device=device)
+        ends = process.times(torch.tensor([0, 1 - 2**-24], device=device), interval)
+        first, last = process.snr(ends).log()
+        # Rounding must not hand a t to the neighbour.
+        t = process.at_log_snr(first + u * (last - first)).clamp(*ends.aminmax())
+        return t, torch.ones(n, device=device)
+
+
 class LowDiscrepancy(TimestepSampler):
     """t_i = (u + i / N) mod 1 of the interval, i = 0..N-1 (arXiv 2107.00630, appendix I.1).
 

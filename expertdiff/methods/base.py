@@ -66,6 +66,9 @@ class Method(LightningModule, ABC):
         ValueError: a seed twice, or first weights of another network.
     """
 
+    error = "mse"
+    """The name under which the first of its two losses is logged."""
+
     def __init__(
         self,
         network: Network,
@@ -160,8 +163,12 @@ class Method(LightningModule, ABC):
             raise ValueError(
                 f"the network cannot take data of shape {data.shape}: {reason}"
             ) from error
-        if shape not in (data.shape, (2 * data.shape[0], *data.shape[1:])):
+        if shape not in self.made_of(data.shape):
             raise ValueError(f"the network makes {shape} of data of shape {data.shape}")
+
+    def made_of(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes that the network may make of an item of this shape."""
+        return [shape, (2 * shape[0], *shape[1:])]
 
     def _warn_of_the_end(self) -> None:
         """Says when the chain ends elsewhere than sampling starts; of low-dimensional data only."""
@@ -229,7 +236,7 @@ class Method(LightningModule, ABC):
             for seed, x0 in zip(self.seeds, batch.x0.chunk(len(self.seeds)))
         ]
         t, importance, eps = (torch.cat(parts) for parts in zip(*draws))
-        (mse, vb), prediction = self._losses(batch, t, eps)
+        (mse, vb), prediction = self.losses(batch, t, eps)
         weight = self.weighting(self.process, t, self.denoiser.prediction).to(mse.dtype)
         each = weight * mse + vb
         if self.timesteps.learns:
@@ -287,14 +294,15 @@ class Method(LightningModule, ABC):
         for i, interval in enumerate(self.partition.intervals()):
             if self.interval.contains(interval):
                 t = validation_t(self.process, batch.index, interval)
-                result[i] = tuple(self._losses(batch, t, eps)[0])
+                result[i] = tuple(self.losses(batch, t, eps)[0])
         return result
 
     def predict_x0(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The predicted data [B, ...] at x_t."""
         return self.denoiser(x_t, t, self._labels(y)).x0
 
-    def _losses(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Losses, Prediction]:
+    def losses(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Losses, Prediction | None]:
+        """Of each item, at its t [B] and eps [B, ...]; and the prediction, if there is one."""
         x_t = self.process.add_noise(batch.x0, eps, t)
         prediction = self.denoiser(x_t, t, self._labels(batch.y))
         kind = self.denoiser.prediction

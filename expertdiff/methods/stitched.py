@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class Evaluation:
         samples: how many, for each sampling seed.
         seeds: sampling seeds; a distance is given as mean and spread over them.
         batch_size: samples drawn at a time, on each device.
-        guidance: towards the samples' labels; by default none.
+        guidance: towards the samples' labels, or towards data; by default none.
 
     Raises:
         ValueError: nothing to draw, or a seed twice.
@@ -66,9 +66,17 @@ class Evaluation:
                 "does images: set clip to false"
             )
 
-    def guided(self, denoiser: Denoiser) -> Denoiser:
-        """What samples are drawn with; raises a ValueError where it cannot be guided."""
-        return self.guidance(denoiser) if self.guidance else denoiser
+    def guided(self, denoiser: Denoiser, data: Mapping[str, Any]) -> Denoiser:
+        """What samples are drawn with; raises a ValueError where it cannot be guided.
+
+        Args:
+            denoiser: the model.
+            data: what it was trained on (`Data.identity`).
+        """
+        if self.guidance is None:
+            return denoiser
+        self.guidance.check(data)
+        return self.guidance(denoiser)
 
 
 class Stitched(LightningModule):
@@ -91,9 +99,10 @@ class Stitched(LightningModule):
     ) -> None:
         super().__init__()
         self.bundle = Bundle.load(bundle, lazy)
-        self.kind = kind(self.bundle.manifest["shared"]["data"])
+        data = self.bundle.manifest["shared"]["data"]
+        self.kind = kind(data)
         evaluation.check(self.kind, str(bundle))
-        self.denoiser = evaluation.guided(self.bundle.denoiser)
+        self.denoiser = evaluation.guided(self.bundle.denoiser, data)
         self.evaluation = evaluation
         self.output = Path(output) if output else Path(bundle) / "test"
 

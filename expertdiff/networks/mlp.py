@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from expertdiff.networks.network import EncoderDecoder
+from expertdiff.networks.network import EncoderDecoder, Network
+from expertdiff.networks.unet import zero
 
 
 class Embedding(nn.Module):
@@ -43,7 +44,11 @@ class Residual(nn.Module):
 
 
 def body(
-    width: int, depth: int, head: int | None, decoder_width: int | None = None
+    width: int,
+    depth: int,
+    head: int | None,
+    decoder_width: int | None = None,
+    outputs: int = 2,
 ) -> nn.Sequential:
     """From the embedding to the prediction [..., 2]: `depth` residual layers, a head of one or two.
 
@@ -52,11 +57,12 @@ def body(
         depth: how many.
         head: width of a hidden layer in the head; ``None`` has none.
         decoder_width: of the residual layers from the middle on, instead of `width`.
+        outputs: instead of 2.
     """
     wide = width if decoder_width is None else decoder_width
     if wide < 1:
         raise ValueError(f"decoder_width {wide} has no channels: give 1 or more")
-    ends = [wide, 2] if head is None else [wide, head, 2]
+    ends = [wide, outputs] if head is None else [wide, head, outputs]
     layers: list[nn.Module] = [nn.Linear(Embedding.size, width)]
     layers += [Residual(width) for _ in range(depth // 2)]
     layers += [nn.Linear(width, wide)] if wide != width else []
@@ -106,3 +112,25 @@ class MLPDenoiser(EncoderDecoder):
     def halves(self) -> tuple[list[str], list[str]]:
         names = [f"network.{i}" for i in range(len(self.network))]
         return ["embedding", *names[: self._shared]], names[self._shared :]
+
+
+class MLPLogit(Network):
+    """A logit [B, 1] of points of the plane [B, 2], for `Discrimination`.
+
+    A fresh network outputs exactly 0.
+
+    Args:
+        width: of the residual layers.
+        depth: how many.
+        scale: of x1 and x2 in the embedding; the larger, the rougher is the gradient of the logit.
+        T: timesteps of the chain.
+    """
+
+    def __init__(self, width: int = 128, depth: int = 2, scale: float = 1.0, T: int = 100) -> None:
+        super().__init__()
+        self.T, self.embedding = T, Embedding(scale, T)
+        self.network = body(width, depth, None, outputs=1)
+        zero(self.network[-1])
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return self.network(self.embedding(x_t, t))
