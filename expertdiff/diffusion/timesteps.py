@@ -105,7 +105,7 @@ class UniformLogSNR(TimestepSampler):
 
 
 class LowDiscrepancy(TimestepSampler):
-    """t_i = (u + i / N) mod 1 of the interval, i = 0..N-1 (arXiv 2107.00630, appendix I.1).
+    """t_i = (u + i / N) mod 1 of the interval, i = 0..N-1 (arXiv 2107.00630).
 
     One u a step, and N the items of all its ranks and micro-batches: every t is as uniform as by
     `Uniform`, but a step has one in each N-th of the interval, so that its loss varies less. A part
