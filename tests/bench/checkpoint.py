@@ -106,9 +106,9 @@ def stitch() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         jobs = experts(folder)
-        checks = ("_check_weights", "check_together", "_owners", "_check_manifest")
+        checks = ("_check_weights", "check_together", "_owners", "_check_manifest", "_check_fit")
         spent = [stack.enter_context(timed(bundle, function)) for function in checks]
-        built = stack.enter_context(timed(bundle, "_denoiser"))
+        built = stack.enter_context(timed(bundle, "_network"))
         checkpoints._digest.cache_clear()
         began = time.process_time()
         Bundle.stitch(jobs, folder / "bundle")
