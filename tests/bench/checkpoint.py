@@ -19,8 +19,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from loop import Clock, Noise32, method
 
-from expertdiff import bundle, checkpoints
-from expertdiff.bundle import Bundle
+from expertdiff import checkpoints
+from expertdiff.bundle import Bundle, bundle, expert, files
 from expertdiff.callbacks.checkpoint import ExactCheckpoint
 from expertdiff.callbacks.ema import EMA
 from expertdiff.describe import describe
@@ -80,7 +80,7 @@ def experts(folder: Path) -> list[Path]:
     edges = [i / 8 for i in range(9)]
     module = method()
     network = ADMUNet(32, 3, 128, 3, (1, 2, 2, 2), (16, 8), num_head_channels=64, dropout=0.3)
-    weights = {f"{bundle.PREFIX}{key}": value for key, value in network.state_dict().items()}
+    weights = {f"{expert.PREFIX}{key}": value for key, value in network.state_dict().items()}
     print(f"{sum(v.numel() for v in network.parameters()) / 1e6:.1f}M parameters an expert")
     data = Noise32(1, 1000, "validation", flip=True).identity()
     shared = {"process": describe(module.process), "network": describe(network), "data": data}
@@ -106,9 +106,12 @@ def stitch() -> None:
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = Path(name)
         jobs = experts(folder)
-        checks = ("_check_weights", "check_together", "_owners", "_check_manifest", "_check_fit")
-        spent = [stack.enter_context(timed(bundle, function)) for function in checks]
-        built = stack.enter_context(timed(bundle, "_network"))
+        checks = (
+            (expert, "check_weights"), (files, "check_weights"), (files, "_check_manifest"),
+            (expert, "check_fit"), (bundle, "check_together"), (bundle, "_owners"),
+        )  # fmt: skip
+        spent = [stack.enter_context(timed(*check)) for check in checks]
+        built = stack.enter_context(timed(bundle, "network_of"))
         checkpoints._digest.cache_clear()
         began = time.process_time()
         Bundle.stitch(jobs, folder / "bundle")

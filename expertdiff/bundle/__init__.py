@@ -1,0 +1,11 @@
+"""Finished experts on disk as one model: stitched from training runs, verified, pickle-free.
+
+A bundle is a folder: ``manifest.json`` (what it is), ``config.yaml`` (how to test it) and one
+``NN.safetensors`` an expert. Loading it needs torch and safetensors, not lightning.
+"""
+
+from expertdiff.bundle.bundle import Bundle, classes_of
+from expertdiff.bundle.expert import Expert, check_together
+from expertdiff.bundle.files import read_manifest
+
+__all__ = ["Bundle", "Expert", "check_together", "classes_of", "read_manifest"]
