@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import get_args, get_origin
 
 from expertdiff.analysis.consistency import consistency
+from expertdiff.analysis.merging import merge
 from expertdiff.callbacks.checkpoint import Interrupted, handling, stop_at_once
 from expertdiff.config_verbs import intervals, launch_study
 from expertdiff.data.latents import latents
@@ -28,7 +29,7 @@ from expertdiff.verbs import export, likelihood, quantize, report, sample, stitc
 VERBS: dict[str, Callable[..., None]] = {
     verb.__name__: verb
     for verb in (
-        stitch, sample, measure, quantize, export, latents, likelihood, report, consistency,
+        stitch, merge, sample, measure, quantize, export, latents, likelihood, report, consistency,
         convergence, combinations, compare, table,
     )
 }  # fmt: skip
@@ -70,6 +71,7 @@ Trains, stitches, compares and samples multi-expert diffusion models.
   test      draw images from a bundle and measure their distance from real ones
   predict   draw images from a bundle inside your own Lightning program
   stitch    make one model (a bundle) of trained experts
+  merge     make one network of experts that were trained from one network
   sample    draw from a bundle: images (a PNG grid and an .npz) or points (a picture and a .csv)
   measure   compare a file of images with real ones, or with published statistics
   quantize  write a bundle once more with weights in int8, a quarter of its size

@@ -27,6 +27,7 @@ import expertdiff.experts.gated
 import expertdiff.experts.multistage
 import expertdiff.experts.remixed
 import expertdiff.methods.discrimination
+import expertdiff.methods.distillation
 import expertdiff.methods.dualdiff
 import expertdiff.methods.mdm
 import expertdiff.methods.remix

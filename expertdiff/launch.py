@@ -5,6 +5,7 @@ goes on from its checkpoints.
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from expertdiff.diffusion.partition import Partition
 from expertdiff.evaluation.judge import Judge
 from expertdiff.files import read_json, sha256_of, writable, write_json, write_text
 from expertdiff.jobs import Job, finished, run, train
+from expertdiff.methods.base import Method
 from expertdiff.report import write_report
 from expertdiff.report.dashboard import dashboard
 from expertdiff.report.study import BASELINE, SHARED, read_study
@@ -251,7 +253,8 @@ def _fit_job(
             arguments["init_from"] = str(study.folder / SHARED)
     elif "expert" in arguments:  # beside experts: the same network for the whole chain
         config["model"]["class_path"] = f"expertdiff.methods.single.{whole}"
-        del arguments["expert"]
+        known = inspect.signature(Method.__init__).parameters
+        config["model"]["init_args"] = {k: v for k, v in arguments.items() if k in known}
     config["trainer"]["enable_progress_bar"] = False  # the log is a file
     return Job(name, "fit", config, study.folder / name, steps)
 

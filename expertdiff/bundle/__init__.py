@@ -7,5 +7,6 @@ A bundle is a folder: ``manifest.json`` (what it is), ``config.yaml`` (how to te
 from expertdiff.bundle.bundle import Bundle, classes_of
 from expertdiff.bundle.expert import Expert, check_together
 from expertdiff.bundle.files import read_manifest
+from expertdiff.bundle.merging import Merger
 
-__all__ = ["Bundle", "Expert", "check_together", "classes_of", "read_manifest"]
+__all__ = ["Bundle", "Expert", "Merger", "check_together", "classes_of", "read_manifest"]

@@ -236,7 +236,7 @@ class Method(LightningModule, ABC):
             for seed, x0 in zip(self.seeds, batch.x0.chunk(len(self.seeds)))
         ]
         t, importance, eps = (torch.cat(parts) for parts in zip(*draws))
-        (mse, vb), prediction = self.losses(batch, t, eps)
+        (mse, vb), prediction = self.learned(batch, t, eps)
         weight = self.weighting(self.process, t, self.denoiser.prediction).to(mse.dtype)
         each = weight * mse + vb
         if self.timesteps.learns:
@@ -307,6 +307,10 @@ class Method(LightningModule, ABC):
         prediction = self.denoiser(x_t, t, self._labels(batch.y))
         kind = self.denoiser.prediction
         return losses(prediction, kind, self.process, batch.x0, eps, t), prediction
+
+    def learned(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Losses, Prediction | None]:
+        """What training minimises, where that is not `losses`, which validation tells."""
+        return self.losses(batch, t, eps)
 
     def _labels(self, y: Tensor) -> Tensor | None:
         return y if self.network.num_classes is not None else None

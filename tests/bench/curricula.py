@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from expertdiff.bundle import Expert
 from expertdiff.cli import main as expertdiff
 from expertdiff.data.images import Digits
-from expertdiff.diffusion.denoiser import Eps, NetworkDenoiser
+from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import CosineBetas, DiscreteVP
 from expertdiff.diffusion.samplers import DDIM, SampleNoise
@@ -72,12 +72,18 @@ class Flat(Network):
         return self.body(z).unflatten(-1, (1, 8, 8))
 
 
-def train(name: str, options: Sequence[str], steps: int, output: Path) -> Path:
-    """The folder of a run that trained all seeds."""
+def train(
+    name: str,
+    options: Sequence[str],
+    steps: int,
+    output: Path,
+    seeds: Sequence[int] | None = TRAINING,
+) -> Path:
+    """The folder of a run that trained these seeds side by side, or the one of its options."""
     folder = output / name.replace("/", "over").replace(" ", "-")
     arguments = [
         "fit", f"--config={CONFIG}", *options, f"--trainer.default_root_dir={folder}",
-        f"--model.seeds={list(TRAINING)}", "--model.network=curricula.Flat",
+        f"--model.seeds={json.dumps(seeds)}", "--model.network=curricula.Flat",
         f"--trainer.max_steps={steps}", "--trainer.logger=JsonLines", "--trainer.accelerator=cpu",
         "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false", f"--checkpoint.every_n_steps={steps}",
@@ -87,25 +93,24 @@ def train(name: str, options: Sequence[str], steps: int, output: Path) -> Path:
     return folder
 
 
-@torch.no_grad()
 def measured(folder: Path, samples: int) -> list[dict[str, list[float]]]:
     """Of each training seed: losses by interval, and the distance by sampling seed."""
-    data, judge = Digits(), Pixels()
+    return [judged(Expert.read(folder, seed).denoiser(), samples) for seed in TRAINING]
+
+
+@torch.no_grad()
+def judged(denoiser: Denoiser, samples: int) -> dict[str, list[float]]:
+    """Losses by interval, and the distance by sampling seed."""
+    data, judge, distances = Digits(), Pixels(), []
     reference = judge.real(data.real("validation"), torch.device("cpu"))
-    results = []
-    for training in TRAINING:
-        network = Flat()
-        network.load(Expert.read(folder, training).weights)
-        denoiser, distances = NetworkDenoiser(network, PROCESS, Eps()), []
-        for seed in SAMPLING:
-            noise = SampleNoise(seed, range(samples), data.shape, "cpu")
-            drawn = judge(to_uint8(DDIM("ddim25")(denoiser, noise)))
-            distances.append(judge.distances(judge.summary(drawn), reference)[judge.metric])
-        results.append({"FD": distances, "loss": by_interval(denoiser, data)})
-    return results
+    for seed in SAMPLING:
+        noise = SampleNoise(seed, range(samples), data.shape, "cpu")
+        drawn = judge(to_uint8(DDIM("ddim25")(denoiser, noise)))
+        distances.append(judge.distances(judge.summary(drawn), reference)[judge.metric])
+    return {"FD": distances, "loss": by_interval(denoiser, data)}
 
 
-def by_interval(denoiser: NetworkDenoiser, data: Digits) -> list[float]:
+def by_interval(denoiser: Denoiser, data: Digits) -> list[float]:
     """The mean squared error of eps in each interval, at the same t and noise for all."""
     x0 = data.scaled(data.split("validation")[0])
     eps = SampleNoise(0, range(len(x0)), data.shape, "cpu")(0)

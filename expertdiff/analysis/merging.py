@@ -1,0 +1,159 @@
+"""Experts that began as one network, merged into one again (arXiv 2410.06664)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+from tqdm import tqdm
+
+from expertdiff.bundle import Bundle, Expert, Merger
+from expertdiff.data.base import Data
+from expertdiff.devices import default_device
+from expertdiff.diffusion.denoiser import NetworkDenoiser
+from expertdiff.diffusion.objective import losses
+from expertdiff.diffusion.partition import Interval
+from expertdiff.diffusion.samplers import SampleNoise
+from expertdiff.evaluation.kinds import kind
+from expertdiff.methods.base import validation_t
+from expertdiff.methods.stitched import Evaluation, sample_labels
+
+SEED = -1
+"""Of the samples that shares are chosen by, which would flatter them in a test of the same."""
+
+
+def merge(
+    experts: list[Path],
+    origin: Path,
+    output: Path,
+    shares: list[float] | None = None,
+    data: Data | None = None,
+    evaluation: Evaluation | None = None,
+    loss_items: int = 2000,
+    trials: int = 100,
+) -> None:
+    """Make one network of experts that were trained from one network (Decouple-then-Merge).
+
+    Args:
+        experts: folders of training runs, checkpoints or files of bundles, of `Decoupled` or of any
+            method with ``model.init_from``.
+        origin: what that was.
+        output: the bundle's folder.
+        shares: how far to go towards each expert, in their order: 0 stays at the origin.
+        data: to search the shares instead, on training items, so that held-out ones can judge.
+        evaluation: search by the distance of samples drawn and judged so, not by the loss; by other
+            sampling seeds than a test will have.
+        loss_items: how many training items tell the loss, the first ones.
+        trials: networks that the search may try.
+    """
+    first, *others = (Expert.read(path) for path in (origin, *experts))
+    merger = Merger(first, others)
+    if (shares is None) == (data is None):
+        raise ValueError("give shares, or data to search them by: one of the two")
+    if shares is None:
+        told = Samples(first, data, evaluation) if evaluation else Loss(first, data, loss_items)
+        shares = search(merger, told, trials)
+    bundle = Bundle.write([merger.merged(shares)], output)
+    for path, share in zip(experts, shares):
+        print(f"{share:+.3f}  {path}")
+    print(f"bundle: {bundle.folder}")
+
+
+def search(
+    merger: Merger, told: Callable[[NetworkDenoiser], float], trials: int = 100
+) -> list[float]:
+    """The shares whose network is told to be the best, by Nelder and Mead's simplex.
+
+    Args:
+        merger: what is merged.
+        told: a number of a network, the lower the better.
+        trials: networks that are tried; the origin and the mean of the experts are the first two.
+    """
+    n, device = len(merger.experts), default_device()
+    denoiser, tried = merger.origin.denoiser().to(device), {}
+    bar = tqdm(total=trials, leave=False)
+
+    def value(shares: Sequence[float]) -> float:
+        denoiser.network.load_state_dict(merger.weights(shares))
+        tried[tuple(map(float, shares))] = found = told(denoiser)
+        bar.update()
+        bar.set_postfix(best=f"{min(tried.values()):.5g}")
+        return found
+
+    mean = np.full(n, 1 / n)
+    value(np.zeros(n))
+    corners = np.vstack([mean, mean + 0.5 * np.eye(n)])
+    options = {"initial_simplex": corners, "maxfev": max(trials - 1, 1)}
+    minimize(value, mean, method="Nelder-Mead", options=options)
+    bar.close()
+    return list(min(tried, key=tried.get))
+
+
+class Loss:
+    """The mse of a network on training items, at fixed t and noise.
+
+    Args:
+        origin: what the networks are.
+        data: whose training items are asked about.
+        items: how many; the first ones.
+    """
+
+    def __init__(self, origin: Expert, data: Data, items: int) -> None:
+        if items < 1:
+            raise ValueError(f"items {items} tell no loss: give 1 or more")
+        device = default_device()
+        found, y = (part[:items].to(device) for part in data.split("train"))
+        self.x0, self.y = data.scaled(found), y
+        self.index = torch.arange(len(found), device=device)
+        self.eps = SampleNoise(0, self.index.tolist(), self.x0.shape[1:], device)(0)
+
+    @torch.no_grad()
+    def __call__(self, denoiser: NetworkDenoiser) -> float:
+        process, parts = denoiser.process, []
+        t = validation_t(process, self.index, Interval())
+        for i in self.index.split(500):
+            x0, eps = self.x0[i], self.eps[i]
+            y = self.y[i] if denoiser.network.num_classes else None
+            told = denoiser(process.add_noise(x0, eps, t[i]), t[i], y)
+            parts.append(losses(told, denoiser.prediction, process, x0, eps, t[i]).mse)
+        return torch.cat(parts).double().mean().item()
+
+
+class Samples:
+    """The distance of a network's samples from training items.
+
+    Args:
+        origin: what the networks are.
+        data: see above.
+        evaluation: how samples are drawn and judged.
+
+    Raises:
+        ValueError: it has no judge, or does not suit these samples.
+    """
+
+    def __init__(self, origin: Expert, data: Data, evaluation: Evaluation) -> None:
+        if evaluation.judge is None:
+            raise ValueError("the evaluation has no judge: name one, for example Pixels")
+        self.evaluation, self.identity = evaluation, origin.identity["data"]
+        self.kind, self.device = kind(self.identity), default_device()
+        evaluation.check(self.kind, str(origin.path))
+        self.judge = evaluation.judge.to(self.device)
+        self.real = self.judge.real(data.real("train"), self.device)
+
+    @torch.no_grad()
+    def __call__(self, denoiser: NetworkDenoiser) -> float:
+        e = self.evaluation
+        features = [
+            self.judge(self._drawn(denoiser, index.tolist()))
+            for index in torch.arange(e.samples).split(e.batch_size)
+        ]
+        summary = self.judge.summary(torch.cat(features))
+        return self.judge.distances(summary, self.real)[self.judge.metric]
+
+    def _drawn(self, denoiser: NetworkDenoiser, index: list[int]) -> Tensor:
+        noise = SampleNoise(SEED, index, self.identity["shape"], self.device)
+        labels = sample_labels(denoiser.network.num_classes, SEED, index, self.device)
+        guided = self.evaluation.guided(denoiser, self.identity)
+        return self.kind.finished(self.evaluation.sampler(guided, noise, labels))

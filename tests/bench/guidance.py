@@ -1,0 +1,111 @@
+"""Discriminator guidance of a small model of digits, beside its controls (docs/discriminator.md).
+
+The network and the judge of curricula.py, scikit-learn's 8 x 8 digits; each model seed has a model,
+samples, and discriminators of its own. What was measured is kept and not measured again.
+
+    python tests/bench/guidance.py --output runs/guidance
+"""
+
+import argparse
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from curricula import CONFIG, PROCESS, SAMPLING, TRAINING, spread, train
+
+from expertdiff.bundle import Bundle
+from expertdiff.cli import main as expertdiff
+from expertdiff.data.images import Digits
+from expertdiff.diffusion.guidance import Guidance
+from expertdiff.diffusion.samplers import DDIM, SampleNoise
+from expertdiff.discriminator import Discriminator
+from expertdiff.evaluation.features import Pixels
+from expertdiff.evaluation.images import to_uint8
+from expertdiff.files import read_json, write_json
+from expertdiff.loggers import read_metrics
+
+LAYER = CONFIG.parent / "discriminator.yaml"
+QUIET = [
+    "--trainer.logger=JsonLines", "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
+]  # fmt: skip
+
+
+def run(*args: object) -> None:
+    if code := expertdiff([str(arg) for arg in args]):
+        raise SystemExit(code)
+
+
+def discriminator(seed: int, drawn: Path, output: Path, shuffled: bool) -> tuple[Path, float]:
+    """The bundle of one, and its lowest held-out cross-entropy."""
+    folder = output / ("shuffled" if shuffled else "discriminator")
+    run(
+        "fit", f"--config={CONFIG}", f"--config={LAYER}", *QUIET, f"--seed_everything={seed}",
+        f"--trainer.default_root_dir={folder}", f"--data.generated={drawn / 'samples.npz'}",
+        f"--data.shuffled={str(shuffled).lower()}",
+    )  # fmt: skip
+    run("stitch", folder, "--output", folder / "bundle")
+    told = [row["val/bce"] for row in read_metrics(folder / "metrics.jsonl") if "val/bce" in row]
+    return folder / "bundle", min(told)
+
+
+def distances(bundle: Bundle, steps: str, samples: int, guidance: Guidance | None) -> list[float]:
+    """From held-out digits, one a sampling seed."""
+    data, judge = Digits(), Pixels()
+    reference = judge.real(data.real("validation"), torch.device("cpu"))
+    denoiser = guidance(bundle.denoiser) if guidance else bundle.denoiser
+    found = []
+    for seed in SAMPLING:
+        noise = SampleNoise(seed, range(samples), data.shape, "cpu")
+        with torch.no_grad():
+            drawn = judge(to_uint8(DDIM(steps)(denoiser, noise)))
+        found.append(judge.distances(judge.summary(drawn), reference)[judge.metric])
+    return found
+
+
+def measured(seed: int, steps: int, samples: int, output: Path) -> dict[str, list[float]]:
+    """The distances of each row, and under "bce" what the discriminators have learnt."""
+    model = train("model", ["--model=Diffusion", f"--seed_everything={seed}"], steps, output, None)
+    bundle = Bundle.stitch([model], output / "bundle")
+    run(
+        "sample", output / "bundle", "--samples=5000", "--batch_size=1000", "--seed=100",
+        "--sampler=DDIM", "--sampler.steps=ddim25", f"--output={output / 'drawn'}",
+    )  # fmt: skip
+    rows = {
+        "none": distances(bundle, "ddim25", samples, None),
+        "none, twice the steps": distances(bundle, "ddim50", samples, None),
+    }
+    path, bce = discriminator(seed, output / "drawn", output, shuffled=False)
+    for weight in (0.5, 1.0, 2.0, -1.0):
+        rows[f"w = {weight:g}"] = distances(bundle, "ddim25", samples, Discriminator(path, weight))
+    path, no_bce = discriminator(seed, output / "drawn", output, shuffled=True)
+    rows["shuffled labels, w = 1"] = distances(bundle, "ddim25", samples, Discriminator(path))
+    return rows | {"bce": [bce, no_bce]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=Path("runs/guidance"))
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--samples", type=int, default=1000)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    assert PROCESS.T == 1000  # that of CONFIG
+    results = []
+    for seed in TRAINING:
+        path = args.output / f"results-{args.steps}-{args.samples}-{seed}.json"
+        if not path.is_file():
+            write_json(path, measured(seed, args.steps, args.samples, path.with_suffix("")))
+        results.append(read_json(path))
+    for name in results[0]:
+        if name != "bce":
+            by_seed = [result[name] for result in results]
+            floor = mean(stdev(values) for values in by_seed)
+            less = [mean(r[name]) / mean(r["none"]) - 1 for r in results]
+            changed = " / ".join(f"{100 * x:+.0f}" for x in less)
+            print(f"| {name} | {spread([mean(v) for v in by_seed], 3)} | {floor:.3f} | {changed} |")
+    print("held-out BCE, of shuffled labels:", [result["bce"] for result in results])
+
+
+if __name__ == "__main__":
+    main()
