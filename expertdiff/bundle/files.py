@@ -82,10 +82,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         names = list(file.keys())
     scales = {name + SCALE for name in names}.intersection(names)
     weights = {}
-    for first in range(0, len(names), 32):
+    for first in range(0, len(names), 4):
         # Opened anew, or in the end the whole file would be in memory beside the copies.
         with safe_open(path, "pt") as file:
-            for name in names[first : first + 32]:
+            for name in names[first : first + 4]:
                 if name + SCALE in scales:
                     weights[name] = file.get_tensor(name) * file.get_tensor(name + SCALE)
                 elif name not in scales:
