@@ -57,7 +57,7 @@ def sample(
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
     batch_size: int | None = None,
-    precision: str = "32-true",
+    precision: str | None = None,
     lazy: bool = False,
     output: Path | None = None,
 ) -> None:
@@ -71,12 +71,13 @@ def sample(
         guidance: towards labels, as ``ClassifierFree --guidance.scale 1.5``, or towards data, as
             ``Discriminator --guidance.path DIR --guidance.weight 1``; by default none.
         batch_size: samples at a time, does not change them; by default 64 images or 10,000 points.
-        precision: of the network, ``32-true`` or ``bf16-mixed``.
+        precision: of the network, ``32-true`` or ``bf16-mixed``; by default that of its training.
         lazy: keep one expert in memory and read the next one meanwhile; the samples are the same.
         output: folder of ``samples.png`` and of ``samples.npz`` (ADM's layout) or ``samples.csv``
             (in the coordinates of the training file); by default ``<bundle>/samples``.
     """
-    data = read_manifest(Path(bundle))["shared"]["data"]
+    manifest = read_manifest(Path(bundle))
+    data, trained = manifest["shared"]["data"], manifest["experts"][0]["identity"]
     ours = kind(data)
     protocol = Evaluation(
         sampler or ours.sampler(),
@@ -90,7 +91,7 @@ def sample(
     model = Stitched(Path(bundle), protocol, output, lazy)
     trainer = Trainer(
         devices=1,
-        precision=precision,
+        precision=precision or trained.get("precision", "32-true"),
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

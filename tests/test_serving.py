@@ -1,5 +1,7 @@
 """Bundles in less memory: experts that take turns, and weights in int8."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -169,6 +171,21 @@ def test_the_command_line_draws_the_same(study, tmp_path):
         assert main(["sample", str(folder), *options]) == 0
         drawn.append(np.load(output / "samples.npz")["arr_0"])
     assert drawn[0].shape == (3, 8, 8, 1) and (drawn[0] == drawn[1]).all()
+
+
+def test_a_bundle_is_drawn_from_in_the_precision_of_its_training(study, tmp_path):
+    folder = shutil.copytree(study / "bundles" / "stitched", tmp_path / "b")
+    manifest = read_json(folder / "manifest.json")
+    for entry in manifest["experts"]:
+        entry["identity"]["precision"] = "bf16-mixed"
+    write_json(folder / "manifest.json", manifest)
+    drawn = []
+    for name in ("own", "bf16-mixed", "32-true"):
+        options = [] if name == "own" else [f"--precision={name}"]
+        output = tmp_path / name
+        assert main(["sample", str(folder), "--samples=4", f"--output={output}", *options]) == 0
+        drawn.append(np.load(output / "samples.npz")["arr_0"])
+    assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
 
 
 # Weights in int8 ----------------------------------------------------------------------------------
