@@ -24,7 +24,7 @@ from expertdiff.evaluation.images import to_uint8
 from expertdiff.files import read_json, write_json
 from expertdiff.loggers import read_metrics
 
-LAYER = CONFIG.parent / "discriminator.yaml"
+LAYER, KEY = CONFIG.parent / "discriminator.yaml", "val/bce/0"
 QUIET = [
     "--trainer.logger=JsonLines", "--trainer.accelerator=cpu",
     "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false",
@@ -45,7 +45,7 @@ def discriminator(seed: int, drawn: Path, output: Path, shuffled: bool) -> tuple
         f"--data.shuffled={str(shuffled).lower()}",
     )  # fmt: skip
     run("stitch", folder, "--output", folder / "bundle")
-    told = [row["val/bce"] for row in read_metrics(folder / "metrics.jsonl") if "val/bce" in row]
+    told = [row[KEY] for row in read_metrics(folder / "metrics.jsonl") if KEY in row]
     return folder / "bundle", min(told)
 
 

@@ -21,7 +21,7 @@ from expertdiff.evaluation.features import Pixels
 from expertdiff.files import read_json, write_json
 from expertdiff.methods.stitched import Evaluation
 
-QUARTERS, MDM = "[0, 0.25, 0.5, 0.75, 1]", "[0, 0.1, 0.8, 1]"
+QUARTERS = "[0, 0.25, 0.5, 0.75, 1]"
 TUNED = "--model.optimizer.lr=3e-4"
 
 
@@ -49,16 +49,12 @@ class Seed:
             train(name, options, steps, self.output, seeds=None)
         return folder
 
-    def experts(self, name: str, options: Sequence[str], edges: str, steps: int) -> list[Path]:
-        """Runs of one expert an interval, in all of so many steps, each in equal share."""
-        n = edges.count(",")
+    def experts(self, method: str, options: Sequence[str]) -> list[Path]:
+        """Runs of one expert a quarter of the chain, together as long as one network."""
+        options = [f"--model={method}", *options, f"--model.partition.edges={QUARTERS}"]
         return [
-            self.fit(
-                f"{name}-{i}",
-                [*options, f"--model.partition.edges={edges}", f"--model.expert={i}"],
-                steps // n,
-            )
-            for i in range(n)
+            self.fit(f"{method}-{i}", [*options, f"--model.expert={i}"], self.steps // 4)
+            for i in range(4)
         ]
 
     def tell(self, name: str, denoiser: torch.nn.Module) -> None:
@@ -74,7 +70,7 @@ class Seed:
             control = self.fit(f"on-{name}", ["--model=Diffusion", *start], steps)
             self.tell(f"control: trained on, equal {name}", Expert.read(control).denoiser())
         for method in ("MDM", "Decoupled"):
-            runs = self.experts(method, [f"--model={method}", *start], QUARTERS, self.steps)
+            runs = self.experts(method, start)
             bundle = Bundle.stitch(runs, self.output / f"{method}-bundle")
             self.tell(f"`{method}`, four experts", bundle.denoiser)
             merger = Merger(Expert.read(first), [Expert.read(run) for run in runs])
@@ -94,20 +90,14 @@ class Seed:
                 self.tell(title, merger.merged(shares).denoiser())
 
     def distilling(self) -> None:
-        runs = self.experts("apart", ["--model=MDM"], MDM, self.steps)
-        teacher = Bundle.stitch(runs, self.output / "apart-bundle")
-        self.tell("the teacher: three experts", teacher.denoiser)
-        student = self.fit(
-            "distilled", ["--model=Distillation", f"--model.teacher={teacher.folder}"], self.steps
-        )
-        self.tell("`Distillation`", Expert.read(student).denoiser())
-        for name, steps in (
-            ("equal steps", self.steps),
-            ("equal FLOPs", self.steps * 4 // 3),
-            ("and as many steps as teacher and student", 2 * self.steps),
-        ):
-            control = self.fit(f"data-{steps}", ["--model=Diffusion"], steps)
-            self.tell(f"control: on data, {name}", Expert.read(control).denoiser())
+        teacher = Bundle.load(self.output / "MDM-bundle")
+        first = f"--model.init_from={self.output / 'first'}"
+        options = ["--model=Distillation", f"--model.teacher={teacher.folder}", TUNED, first]
+        student = self.fit("distilled", options, self.steps)
+        self.tell("`Distillation` of `MDM`'s experts", Expert.read(student).denoiser())
+        steps = 2 * self.steps  # those of the teacher, too
+        control = self.fit("on-twice", ["--model=Diffusion", TUNED, first], steps)
+        self.tell("control: trained on, twice the steps", Expert.read(control).denoiser())
 
 
 def main() -> None:
