@@ -25,6 +25,7 @@ from expertdiff.experts.lazy import LazyExpert, Slot
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.files import read_json, replacing, sha256_of, write_json
 from expertdiff.int8 import SCALE, quantized
+from expertdiff.networks.flow import of_flow
 from expertdiff.networks.network import Network
 
 PREFIX = "denoiser.network."
@@ -371,6 +372,12 @@ def check_together(experts: Sequence[Expert], allow_unfinished: bool = False) ->
                 raise ValueError(
                     f"{first.path} and {expert.path} do not fit together: {'; '.join(changed)}"
                 )
+        ours, theirs = of_flow(first.weights), of_flow(expert.weights)
+        if not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            raise ValueError(
+                f"{first.path} and {expert.path} lie behind different flows: start both from the "
+                "same run of INDM (model.init_from)"
+            )
         if ("ema" in expert.identity) != ("ema" in first.identity):
             averaged, raw = sorted((first, expert), key=lambda e: "ema" not in e.identity)
             raise ValueError(
