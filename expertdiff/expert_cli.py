@@ -28,6 +28,7 @@ import expertdiff.experts.multistage
 import expertdiff.experts.remixed
 import expertdiff.methods.discrimination
 import expertdiff.methods.dualdiff
+import expertdiff.methods.indm
 import expertdiff.methods.mdm
 import expertdiff.methods.remix
 import expertdiff.methods.single
@@ -35,6 +36,7 @@ import expertdiff.methods.uncertainty
 import expertdiff.networks.ddpmpp
 import expertdiff.networks.dit
 import expertdiff.networks.encoder
+import expertdiff.networks.flow
 import expertdiff.networks.mlp
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints
