@@ -74,7 +74,9 @@ class StackedDenoiser(NetworkDenoiser):
         return self.network(x_t, t, y).flatten(0, 1)
 
     def from_data(self, x0: Tensor) -> tuple[Tensor, Tensor]:
-        z, log_det = super().from_data(x0.unflatten(0, (self.size, -1)))
+        if self.flow is None:
+            return super().from_data(x0)
+        z, log_det = self.flow(x0.unflatten(0, (self.size, -1)))
         return z.flatten(0, 1), log_det.flatten(0, 1)
 
     @torch.no_grad()
