@@ -67,8 +67,13 @@ class Discriminator(Guidance):
         """The guided denoiser; `denoiser` itself at weight 0.
 
         Raises:
-            ValueError: it has another noise process.
+            ValueError: it has another noise process, or a flow in front.
         """
+        if denoiser.flow is not None:
+            raise ValueError(
+                f"the discriminator {self.path} knows noised data, but the model noises what a "
+                "flow makes of them: guide a model without a flow"
+            )
         theirs = describe(denoiser.process)
         if changed := differences(theirs, self._shared["process"], "process"):
             raise ValueError(

@@ -29,6 +29,7 @@ import expertdiff.experts.remixed
 import expertdiff.methods.discrimination
 import expertdiff.methods.distillation
 import expertdiff.methods.dualdiff
+import expertdiff.methods.indm
 import expertdiff.methods.mdm
 import expertdiff.methods.remix
 import expertdiff.methods.single
@@ -36,6 +37,7 @@ import expertdiff.methods.uncertainty
 import expertdiff.networks.ddpmpp
 import expertdiff.networks.dit
 import expertdiff.networks.encoder
+import expertdiff.networks.flow
 import expertdiff.networks.mlp
 import expertdiff.networks.unet  # noqa: F401
 from expertdiff import checkpoints

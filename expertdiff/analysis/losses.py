@@ -42,6 +42,7 @@ def expert_losses(model: Denoiser, x0: Tensor, y: Tensor | None) -> dict[str, An
     intervals = [model.partition.interval(i) for i in asked]
     index = torch.arange(len(x0), device=x0.device)
     eps = SampleNoise(0, index.tolist(), x0.shape[1:], x0.device)(0)
+    x0, _ = model.from_data(x0)
     mse = []
     for i in asked:
         with _alone(model, i) as expert:

@@ -24,6 +24,7 @@ from expertdiff.evaluation.cache import digest_of
 from expertdiff.evaluation.kinds import kind
 from expertdiff.files import read_json, write_json
 from expertdiff.methods.stitched import Evaluation, sample_labels
+from expertdiff.networks.flow import of_flow
 
 Mix = Sequence[Path]
 """Who serves each interval, cleanest first: a run's folder, a checkpoint or a bundle's file."""
@@ -104,7 +105,8 @@ class Mixer:
     def _expert(self, path: Path) -> Expert:
         """What it is; its weights are read when they are needed, as there may be hundreds."""
         if path not in self._experts:
-            self._experts[path] = replace(Expert.read(path), weights={})
+            expert = Expert.read(path)
+            self._experts[path] = replace(expert, weights=of_flow(expert.weights))
         return self._experts[path]
 
     @cached_property

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from expertdiff import checkpoints
@@ -15,6 +16,7 @@ from expertdiff.diffusion.denoiser import NetworkDenoiser, PredictionType
 from expertdiff.diffusion.partition import Interval
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.files import sha256_of
+from expertdiff.networks.flow import of_flow
 from expertdiff.networks.network import Network
 
 PREFIX = "denoiser.network."
@@ -149,6 +151,12 @@ def check_together(experts: Sequence[Expert], allow_unfinished: bool = False) ->
                 raise ValueError(
                     f"{first.path} and {expert.path} do not fit together: {'; '.join(changed)}"
                 )
+        ours, theirs = of_flow(first.weights), of_flow(expert.weights)
+        if not all(torch.equal(ours[key], theirs[key]) for key in ours):
+            raise ValueError(
+                f"{first.path} and {expert.path} lie behind different flows: start both from the "
+                "same run of INDM (model.init_from)"
+            )
         if ("ema" in expert.identity) != ("ema" in first.identity):
             averaged, raw = sorted((first, expert), key=lambda e: "ema" not in e.identity)
             raise ValueError(

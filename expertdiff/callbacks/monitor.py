@@ -162,11 +162,11 @@ class DenoisingGrid(Callback):
         x0 = data.scaled(items[:n].to(pl_module.device))
         y = labels[:n].to(pl_module.device)
         eps = SampleNoise(0, range(len(x0)), x0.shape[1:], x0.device)(0)
-        columns, titles = [x0], ["data"]
+        columns, titles, start = [x0], ["data"], pl_module.mapped(x0)
         for fraction in (0.0, 0.5, 0.999):
             u = torch.full((len(x0),), fraction, dtype=torch.float64, device=x0.device)
             t = pl_module.process.times(u, pl_module.interval)
-            x_t = pl_module.process.add_noise(x0, eps, t)
+            x_t = pl_module.process.add_noise(start, eps, t)
             columns += [x_t, pl_module.predict_x0(x_t, t, y)]
             titles += [f"noised, t = {t[0]:g}", "predicted data"]
         with picture_of_step(trainer, "grids", "denoising") as path:

@@ -131,6 +131,19 @@ class Denoiser(nn.Module, ABC):
         """What a sampler asks that looks ahead within a step; guidance may be left out there."""
         return self
 
+    @property
+    def flow(self) -> nn.Module | None:
+        """What maps data to where the chain begins; ``None`` where it begins with the data."""
+        return None
+
+    def from_data(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the chain begins for data x0 [B, ...], and ln |det| of that map, [B]."""
+        return (x0, x0.new_zeros(len(x0))) if self.flow is None else self.flow(x0)
+
+    def to_data(self, z: Tensor) -> Tensor:
+        """The data [B, ...] for which the chain begins at z [B, ...]."""
+        return z if self.flow is None else self.flow.inverse(z)
+
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         """The prediction in float32, whatever the network's precision."""
@@ -140,7 +153,8 @@ class NetworkDenoiser(Denoiser):
     """One network, its noise process, and what its output means.
 
     Args:
-        network: ``(x_t, t, y) -> [B, C, ...]``, or [B, 2C, ...] when it learns the variance too.
+        network: ``(x_t, t, y) -> [B, C, ...]``, or [B, 2C, ...] when it learns the variance too;
+            it may have a ``flow`` in front.
         process: the noise process.
         prediction: the meaning of the output.
 
@@ -163,6 +177,10 @@ class NetworkDenoiser(Denoiser):
         self.partition = getattr(network, "partition", self.partition)
         # A network that routes looks at t, which on the CPU costs no sync.
         self._routes = hasattr(network, "partition")
+
+    @property
+    def flow(self) -> nn.Module | None:
+        return getattr(self.network, "flow", None)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         moved = t.to(x_t.device, non_blocking=True)

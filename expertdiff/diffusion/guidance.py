@@ -72,6 +72,10 @@ class Guided(Denoiser):
         self.denoiser, self.null, self.scale, self.channels = denoiser, null, scale, channels
         self.process, self.partition = denoiser.process, denoiser.partition
 
+    @property
+    def flow(self) -> nn.Module | None:
+        return self.denoiser.flow
+
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         if y is None:
             raise ValueError("guidance came without labels y to follow: give them, or set scale 1")
@@ -110,6 +114,10 @@ class Discriminated(Denoiser):
         super().__init__()
         self.denoiser, self.logit, self.weight = denoiser, logit, weight
         self.process, self.partition = denoiser.process, denoiser.partition
+
+    @property
+    def flow(self) -> nn.Module | None:
+        return self.denoiser.flow
 
     @property
     def ahead(self) -> Denoiser:

@@ -190,6 +190,8 @@ class Sampler(Described, ABC):
                 ahead=lambda x_s, k=k: predict(x_s, k + 1, denoiser.ahead),
             )
             x, before = self.step(moment), now if self.multistep else None
+            if steps[k].sigma_s == 0:
+                x = denoiser.to_data(x)
         yield State(len(steps), -1, x, before)
 
     def __call__(self, denoiser: Denoiser, noise: SampleNoise, y: Tensor | None = None) -> Tensor:

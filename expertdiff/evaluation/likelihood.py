@@ -21,8 +21,8 @@ GRID = 200
 def log_likelihood(denoiser: Denoiser, x: Tensor, probe: Tensor | None = None) -> Tensor:
     """The log-density in bits, float64 [B], of items x [B, ...] under the probability flow.
 
-    `x` is taken to be x_t at the cleanest t, so the density is that of the flow's marginal there:
-    of alpha x0 + sigma eps, which is the data slightly blurred.
+    `x`, or what a `Denoiser.flow` makes of it, is taken to be x_t at the cleanest t, so the density
+    is that of the marginal there: of alpha x0 + sigma eps, which is the data slightly blurred.
 
     In xbar = x_t / alpha and s = sigma / alpha the flow is d xbar / ds = eps(x_t, t), and along it
     d log p(xbar) / d ln s = -sigma div eps(x_t, t) (arXiv 2011.13456, equation 39). Heun's method
@@ -48,7 +48,8 @@ def log_likelihood(denoiser: Denoiser, x: Tensor, probe: Tensor | None = None) -
     times = _times(denoiser)
     alpha, sigma = process.alpha_sigma(times)
     s, last = (sigma / alpha).tolist(), len(times) - 1
-    xbar, slopes = x.double() / alpha[0], []
+    z, log_det = denoiser.from_data(x)
+    xbar, slopes = z.double() / alpha[0], []
     for k, t in enumerate(times):
         eps, divergence = _eps_and_divergence(denoiser, alpha[k] * xbar, t, probe)
         slopes.append(sigma[k] * divergence)
@@ -60,7 +61,7 @@ def log_likelihood(denoiser: Denoiser, x: Tensor, probe: Tensor | None = None) -
     end = alpha[-1] * xbar / process.prior_std
     prior = -0.5 * (end.square() + math.log(2 * math.pi * process.prior_std**2)).flatten(1).sum(1)
     scaling = x[0].numel() * (alpha[-1] / alpha[0]).log()
-    return (prior + scaling + gained) / math.log(2)
+    return (prior + scaling + gained + log_det) / math.log(2)
 
 
 def bits_per_dimension(

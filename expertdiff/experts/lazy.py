@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertdiff.diffusion.denoiser import Denoiser, NetworkDenoiser, Prediction
 
@@ -81,6 +81,10 @@ class LazyExpert(Denoiser):
         self.slot, self.i, self.denoiser = slot, i, slot.denoiser
         self.process, self.partition = slot.denoiser.process, slot.denoiser.partition
         self.prediction = slot.denoiser.prediction
+
+    @property
+    def flow(self) -> nn.Module | None:
+        return self.denoiser.flow
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         self.slot.take(self.i)

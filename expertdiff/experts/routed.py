@@ -17,7 +17,7 @@ class RoutedExperts(Denoiser):
         partition: who owns which t.
 
     Raises:
-        ValueError: as many experts as intervals are needed.
+        ValueError: as many experts as intervals are needed, and all behind the same flow.
     """
 
     def __init__(self, experts: Sequence[Denoiser], partition: Partition) -> None:
@@ -26,11 +26,20 @@ class RoutedExperts(Denoiser):
             raise ValueError(
                 f"{len(experts)} experts cannot serve the {len(partition)} intervals of {partition}"
             )
+        if not all(_same_flow(experts[0].flow, expert.flow) for expert in experts):
+            raise ValueError(
+                "experts behind different flows cannot share a chain: start them from the same run "
+                "of INDM (model.init_from)"
+            )
         # Between neighbours that are one and the same there is no border.
         first = [i for i, expert in enumerate(experts) if i == 0 or expert is not experts[i - 1]]
         self.experts = nn.ModuleList(experts[i] for i in first)
         self.partition = Partition([*(partition.edges[i] for i in first), 1])
         self.process = experts[0].process
+
+    @property
+    def flow(self) -> nn.Module | None:
+        return self.experts[0].flow
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         owner = self.partition.index(self.process.progress(t))
@@ -49,6 +58,13 @@ class RoutedExperts(Denoiser):
             eps=torch.cat([part.eps for part in parts])[back],
             variance=None if variances[0] is None else torch.cat(variances)[back],
         )
+
+
+def _same_flow(a: nn.Module | None, b: nn.Module | None) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    ours, theirs = a.state_dict(), b.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def owner_of(t: Tensor, partition: Partition, T: int) -> Tensor:

@@ -22,6 +22,7 @@ class StackedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.stack([layer.weight.data for layer in layers]))
         self.bias = nn.Parameter(torch.stack([layer.bias.data for layer in layers]))
+        self.requires_grad_(layers[0].weight.requires_grad)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight.transpose(1, 2))
@@ -71,6 +72,12 @@ class StackedDenoiser(NetworkDenoiser):
     def output(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         x_t, t = (v.unflatten(0, (self.size, -1)) for v in (x_t, self.process.condition(t)))
         return self.network(x_t, t, y).flatten(0, 1)
+
+    def from_data(self, x0: Tensor) -> tuple[Tensor, Tensor]:
+        if self.flow is None:
+            return super().from_data(x0)
+        z, log_det = self.flow(x0.unflatten(0, (self.size, -1)))
+        return z.flatten(0, 1), log_det.flatten(0, 1)
 
     @torch.no_grad()
     def clip_gradients(self, most: float) -> None:

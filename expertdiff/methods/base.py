@@ -156,6 +156,7 @@ class Method(LightningModule, ABC):
         n, device = len(self.seeds), next(self.network.parameters()).device
         x, t = torch.zeros(n, *data.shape, device=device), torch.zeros(n, device=device).long()
         y = t if classes is not None else None
+        x, _ = self.denoiser.from_data(x)
         try:
             shape = tuple(self.denoiser.output(x, t, y).shape[1:])
         except RuntimeError as error:
@@ -299,14 +300,19 @@ class Method(LightningModule, ABC):
 
     def predict_x0(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The predicted data [B, ...] at x_t."""
-        return self.denoiser(x_t, t, self._labels(y)).x0
+        return self.denoiser.to_data(self.denoiser(x_t, t, self._labels(y)).x0)
 
     def losses(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Losses, Prediction | None]:
         """Of each item, at its t [B] and eps [B, ...]; and the prediction, if there is one."""
-        x_t = self.process.add_noise(batch.x0, eps, t)
+        x0 = self.mapped(batch.x0)
+        x_t = self.process.add_noise(x0, eps, t)
         prediction = self.denoiser(x_t, t, self._labels(batch.y))
         kind = self.denoiser.prediction
-        return losses(prediction, kind, self.process, batch.x0, eps, t), prediction
+        return losses(prediction, kind, self.process, x0, eps, t), prediction
+
+    def mapped(self, x0: Tensor) -> Tensor:
+        """What is noised, of data x0 [B, ...]: they themselves, where no flow lies in front."""
+        return self.denoiser.from_data(x0)[0]
 
     def learned(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Losses, Prediction | None]:
         """What training minimises, where that is not `losses`, which validation tells."""

@@ -34,7 +34,7 @@ class Teacher:
         """What it says about the items at t [B] and eps [B, ...]."""
         self.denoiser.to(batch.x0.device)  # once: there it is nothing to do
         with torch.no_grad():
-            x_t = method.process.add_noise(batch.x0, eps, t)
+            x_t = method.process.add_noise(method.mapped(batch.x0), eps, t)
             return self.denoiser(x_t, t, batch.y if method.network.num_classes else None)
 
     def error(
@@ -70,6 +70,8 @@ class Distillation(Diffusion):
                 f"{teacher} knows other noise than the network is to learn ({'; '.join(changed)}): "
                 "train with the teacher's process"
             )
+        if self.teacher.denoiser.flow is not None:
+            raise ValueError(f"{teacher} denoises behind a flow: distil a model without one")
 
     @property
     def job(self) -> str:

@@ -124,7 +124,8 @@ class Sketch:
 
 
 def _loss(denoiser: Denoiser, batch: Batch, eps: Tensor, t: Tensor) -> Tensor:
-    x_t = denoiser.process.add_noise(batch.x0, eps, t)
+    x0 = denoiser.from_data(batch.x0)[0].detach()
+    x_t = denoiser.process.add_noise(x0, eps, t)
     prediction = denoiser(x_t, t, batch.y)
-    mse, vb = losses(prediction, denoiser.prediction, denoiser.process, batch.x0, eps, t)
+    mse, vb = losses(prediction, denoiser.prediction, denoiser.process, x0, eps, t)
     return (mse + vb).sum()
