@@ -1,7 +1,7 @@
 """Discriminator guidance of a small model of digits, beside its controls (docs/discriminator.md).
 
 The network and the judge of curricula.py, scikit-learn's 8 x 8 digits; each model seed has a model,
-samples, and discriminators of its own. What was measured is kept and not measured again.
+samples, and discriminators of its own. What was trained and measured is kept.
 
     python tests/bench/guidance.py --output runs/guidance
 """
@@ -65,22 +65,33 @@ def distances(bundle: Bundle, steps: str, samples: int, guidance: Guidance | Non
 
 def measured(seed: int, steps: int, samples: int, output: Path) -> dict[str, list[float]]:
     """The distances of each row, and under "bce" what the discriminators have learnt."""
-    model = train("model", ["--model=Diffusion", f"--seed_everything={seed}"], steps, output, None)
-    bundle = Bundle.stitch([model], output / "bundle")
+    path = output.with_suffix(".json")
+    rows = read_json(path) if path.is_file() else {}
+
+    def tell(name: str, bundle: Bundle, steps: str, guidance: Guidance | None = None) -> None:
+        if name not in rows:
+            rows[name] = distances(bundle, steps, samples, guidance)
+
+    def model(name: str, steps: int) -> Bundle:
+        options = ["--model=Diffusion", f"--seed_everything={seed}"]
+        return Bundle.stitch([train(name, options, steps, output, None)], output / f"{name}-bundle")
+
+    plain = model("model", steps)
     run(
-        "sample", output / "bundle", "--samples=5000", "--batch_size=1000", "--seed=100",
+        "sample", plain.folder, "--samples=5000", "--batch_size=1000", "--seed=100",
         "--sampler=DDIM", "--sampler.steps=ddim25", f"--output={output / 'drawn'}",
     )  # fmt: skip
-    rows = {
-        "none": distances(bundle, "ddim25", samples, None),
-        "none, twice the steps": distances(bundle, "ddim50", samples, None),
-    }
-    path, bce = discriminator(seed, output / "drawn", output, shuffled=False)
-    for weight in (0.5, 1.0, 2.0, -1.0):
-        rows[f"w = {weight:g}"] = distances(bundle, "ddim25", samples, Discriminator(path, weight))
-    path, no_bce = discriminator(seed, output / "drawn", output, shuffled=True)
-    rows["shuffled labels, w = 1"] = distances(bundle, "ddim25", samples, Discriminator(path))
-    return rows | {"bce": [bce, no_bce]}
+    tell("none", plain, "ddim25")
+    tell("none, ten times the steps of the sampler", plain, "ddim250")
+    tell("none, ten times the training", model("longer", 10 * steps), "ddim25")
+    path_of, bce = discriminator(seed, output / "drawn", output, shuffled=False)
+    for weight in (0.5, 1.0, 2.0, 4.0, -1.0):
+        tell(f"w = {weight:g}", plain, "ddim25", Discriminator(path_of, weight))
+    path_of, no_bce = discriminator(seed, output / "drawn", output, shuffled=True)
+    tell("shuffled labels, w = 1", plain, "ddim25", Discriminator(path_of))
+    rows["bce"] = [bce, no_bce]
+    write_json(path, rows)
+    return rows
 
 
 def main() -> None:
@@ -91,12 +102,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     assert PROCESS.T == 1000  # that of CONFIG
-    results = []
-    for seed in TRAINING:
-        path = args.output / f"results-{args.steps}-{args.samples}-{seed}.json"
-        if not path.is_file():
-            write_json(path, measured(seed, args.steps, args.samples, path.with_suffix("")))
-        results.append(read_json(path))
+    results = [
+        measured(
+            seed, args.steps, args.samples, args.output / f"{args.steps}-{args.samples}-{seed}"
+        )
+        for seed in TRAINING
+    ]
     for name in results[0]:
         if name != "bce":
             by_seed = [result[name] for result in results]
