@@ -129,7 +129,7 @@ def test_t_have_the_density_and_the_weight_of_the_likelihood(process):
 @pytest.mark.parametrize("stretch", [None, 0.7])
 def test_the_loss_is_the_entropy_where_the_network_is_perfect(process, stretch, monkeypatch):
     """Of data N(0, 0.5^2), and of the same behind a flow that stretches them by e^0.7."""
-    std, n = 0.5, 200_000
+    std, n = 0.5, 100_000
     flow = CouplingFlow(depth=0 if stretch is None else 2)
     method = indm(
         Flowed(Gaussian(type(process).__name__, std * math.exp(stretch or 0)), flow), process
@@ -161,7 +161,7 @@ class Behind(Exact):
 
 
 def test_the_likelihood_is_that_of_x_and_integrates_to_1():
-    model, n = Behind(bent()), 120
+    model, n = Behind(bent()), 80
     z = 0.2 + 0.6 * 5 * (2 * torch.rand(4000, 2) - 1)
     lo, hi = model.flow.inverse(z).aminmax(dim=0)
     axes = [torch.linspace(a, b, n) for a, b in zip(lo.tolist(), hi.tolist())]
@@ -224,14 +224,15 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(root) -> Expert:
-    return fit(root, "indm")
+    return fit(root, "indm", "--trainer.callbacks+=DenoisingGrid")
 
 
-def test_flow_and_network_are_trained_together(trained):
+def test_flow_and_network_are_trained_together(root, trained):
     learned = of_flow(trained.weights)
     assert len(learned) == 4 * 6
     assert all(value.abs().max() > 0 for value in learned.values())
     assert trained.identity["job"] == "indm"
+    assert (root / "indm/indm/grids/step-00000012.png").is_file()
 
 
 def test_an_identity_flow_is_the_plain_program_bit_for_bit(root):
