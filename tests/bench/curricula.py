@@ -72,12 +72,19 @@ class Flat(Network):
         return self.body(z).unflatten(-1, (1, 8, 8))
 
 
-def train(name: str, options: Sequence[str], steps: int, output: Path) -> Path:
+def train(
+    name: str,
+    options: Sequence[str],
+    steps: int,
+    output: Path,
+    config: Path = CONFIG,
+    network: str = "curricula.Flat",
+) -> Path:
     """The folder of a run that trained all seeds."""
     folder = output / name.replace("/", "over").replace(" ", "-")
     arguments = [
-        "fit", f"--config={CONFIG}", *options, f"--trainer.default_root_dir={folder}",
-        f"--model.seeds={list(TRAINING)}", "--model.network=curricula.Flat",
+        "fit", f"--config={config}", *options, f"--trainer.default_root_dir={folder}",
+        f"--model.seeds={list(TRAINING)}", f"--model.network={network}",
         f"--trainer.max_steps={steps}", "--trainer.logger=JsonLines", "--trainer.accelerator=cpu",
         "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false", f"--checkpoint.every_n_steps={steps}",
