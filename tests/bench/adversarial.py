@@ -8,6 +8,7 @@ processor time. What was measured before is kept in the output folder and not me
 """
 
 import argparse
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,7 +154,7 @@ def samplers(folder: Path) -> dict[str, list[float]]:
     reference = judge.real(data.real("validation"), torch.device("cpu"))
     steps = next(n for n in range(25, 99) if len(CAS(n).calls(PROCESS)) == 25)
     first, last = PROCESS.snr(PROCESS.visited(2)).log().tolist()
-    gamma = 2.718281828459045 ** ((first - last) / (2 * (steps - 1)))
+    gamma = math.exp((first - last) / (2 * (steps - 1)))
     ways: dict[str, Sampler] = {"DDIM": DDIM(25), "DDIM, eta 1": DDIM(25, 1.0), "DDPM": DDPM(25)}
     for times in (1.001, 1.3, 1.7, 2.5):
         ways[f"CAS, eta {times:g} (1 - gamma)"] = CAS(steps, times * (1 - gamma))
