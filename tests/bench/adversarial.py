@@ -68,10 +68,13 @@ class Variant(NamedTuple):
     plain: str | None = None
 
 
-def variants(critic: str, strengths: Sequence[float], structure: float) -> dict[str, Variant]:
+def variants(
+    critic: str, strengths: Sequence[float], structures: Sequence[float]
+) -> dict[str, Variant]:
+    """The rows at these strengths of ACSM and SADM-style; times are those of the last."""
     plain, one_t = ["--model=Diffusion"], ["--model=Diffusion", "--model.timesteps=OneForAll"]
     guided = ["--model=StructureGuided", "--model.timesteps=OneForAll", f"--model.critic={critic}"]
-    guided += ["--model.critic.outputs=32", f"--model.strength={structure}"]
+    guided.append("--model.critic.outputs=32")
     rows = {"plain": Variant(plain)}
     for strength in strengths:
         options = ["--model=ConsistentAdversarial", f"--model.critic={critic}"]
@@ -79,14 +82,17 @@ def variants(critic: str, strengths: Sequence[float], structure: float) -> dict[
     last = f"ACSM {strengths[-1]:g}"
     rows["plain in the time of ACSM"] = Variant(plain, last, "plain")
     rows["one t"] = Variant(one_t)
-    rows["SADM-style"] = Variant(guided)
-    rows["SADM-style, psi frozen"] = Variant([*guided, "--model.critic_lr=0"])
-    rows["one t in the time of SADM-style"] = Variant(one_t, "SADM-style", "one t")
+    for strength in structures:
+        options = [*guided, f"--model.strength={strength}"]
+        rows[f"SADM-style {strength:g}"] = Variant(options)
+        rows[f"SADM-style {strength:g}, psi frozen"] = Variant([*options, "--model.critic_lr=0"])
+    last = f"SADM-style {structures[-1]:g}"
+    rows["one t in the time of SADM-style"] = Variant(one_t, last, "one t")
     return rows
 
 
-DIGITS_ROWS = variants("adversarial.FlatCritic", (1 / 32, 0.3), 0.1)
-PLANE_ROWS = variants("MLPLogit", (1.0, 0.1), 0.1)
+DIGITS_ROWS = variants("adversarial.FlatCritic", (1 / 32, 0.3), (0.1, 0.1 / 64))
+PLANE_ROWS = variants("MLPLogit", (1.0, 0.1), (0.1, 0.01))
 
 
 @torch.no_grad()
