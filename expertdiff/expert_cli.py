@@ -26,6 +26,7 @@ import expertdiff.evaluation.inception
 import expertdiff.experts.gated
 import expertdiff.experts.multistage
 import expertdiff.experts.remixed
+import expertdiff.methods.adversarial
 import expertdiff.methods.discrimination
 import expertdiff.methods.distillation
 import expertdiff.methods.dualdiff

@@ -148,7 +148,7 @@ class TestDiversity:
             torch.stack([(a - b).norm() for a in half for b in half]).mean()
             for half in prediction.eps.chunk(2)
         ]
-        assert torch.allclose(stacked.regularised(prediction), -0.1 * torch.stack(pairs))
+        assert torch.allclose(stacked.regularised(None, prediction, t), -0.1 * torch.stack(pairs))
 
 
 @pytest.mark.parametrize("bias, expected", [(0.0, 0.0), (50.0, 1.0)])
@@ -159,7 +159,9 @@ def test_balance_is_0_for_equal_shares_and_1_for_one_of_two(bias, expected):
     nn.init.zeros_(last.weight)
     nn.init.constant_(last.bias, bias)
     prediction = balanced.denoiser(*inputs())
-    assert balanced.regularised(prediction).item() == pytest.approx(2 * expected, abs=1e-5)
+    assert balanced.regularised(None, prediction, None).item() == pytest.approx(
+        2 * expected, abs=1e-5
+    )
 
 
 class TestStack:

@@ -74,7 +74,7 @@ def test_the_prior_adds_gamma_times_the_mean_cross_entropy_of_all_rows():
     coefficients = module.network.coefficients
     rows = -(coefficients().log() * coefficients.prior).sum(1)
     expected = 0.5 * (2 - 3 / 10) * rows.mean()
-    assert torch.isclose(module.regularised(None), expected)
+    assert torch.isclose(module.regularised(None, None, None), expected)
 
 
 def test_other_rows_feel_the_prior_alone():

@@ -203,7 +203,7 @@ class Walk:
         """The first state below interval `level`, or the samples."""
         mixer = self.mixer
         sampler, process = mixer.evaluation.sampler, denoiser.process
-        owners = mixer.partition.index(process.progress(process.visited(sampler.steps))).tolist()
+        owners = mixer.partition.index(process.progress(sampler.visited(process))).tolist()
         low = LOW.get(mixer.precision)
         with torch.autocast(mixer.device.type, low, enabled=low is not None):
             for state in sampler.trajectory(denoiser, self.noise, self.labels, start):

@@ -13,10 +13,11 @@ from expertdiff.checkpoints import AVERAGED, RAW
 
 
 class EMA(Callback):
-    """Exponential moving average of the weights: validated, checkpointed and shipped.
+    """Exponential moving average of the model's weights: validated, checkpointed and shipped.
 
     ADM's recurrence from the initial weights on: ema = decay ema + (1 - decay) theta, after each
-    optimizer step. Checkpoints hold the average as ``state_dict``, the raw weights beside it.
+    optimizer step. Checkpoints hold the average as ``state_dict``, the raw weights beside it; what
+    is trained beside the model, such as a critic, has no average and stands in both as it is.
     (Lightning's own WeightAveraging keeps its copy where the model is before it moves to the
     device, starts at the first update, and reads a counter from the device each step.)
 
@@ -48,7 +49,7 @@ class EMA(Callback):
         self._updates = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        named = dict(pl_module.named_parameters())
+        named = model_parameters(pl_module)
         source = self._loaded or {name: parameter.data for name, parameter in named.items()}
         # torch.empty_like + copy_ keeps the parameter's device and memory format.
         self._average = [torch.empty_like(p.data).copy_(source[name]) for name, p in named.items()]
@@ -60,7 +61,7 @@ class EMA(Callback):
         self._updates = n = trainer.global_step
         if (n - 1) % self.every:
             return
-        parameters = [parameter.data for parameter in pl_module.parameters()]
+        parameters = [parameter.data for parameter in pl_module.denoiser.parameters()]
         with torch.no_grad():
             get_ema_multi_avg_fn(self.decay_at(n))(self._average, parameters, n)
 
@@ -78,15 +79,16 @@ class EMA(Callback):
         self._exchange(pl_module)
 
     def _exchange(self, pl_module: LightningModule) -> None:
-        for i, parameter in enumerate(pl_module.parameters() if self._average else ()):
+        parameters = pl_module.denoiser.parameters()
+        for i, parameter in enumerate(parameters if self._average else ()):
             parameter.data, self._average[i] = self._average[i], parameter.data
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        names = [name for name, _ in pl_module.named_parameters()]
         checkpoint[RAW] = checkpoint[AVERAGED]
-        checkpoint[AVERAGED] = checkpoint[RAW] | dict(zip(names, self._average))
+        averages = zip(model_parameters(pl_module), self._average)
+        checkpoint[AVERAGED] = checkpoint[RAW] | dict(averages)
         checkpoint.setdefault(checkpoints.IDENTITY, {})["ema"] = self._identity()
 
     def on_load_checkpoint(
@@ -102,3 +104,8 @@ class EMA(Callback):
     def _identity(self) -> dict[str, Any]:
         names = ("decay", "warmup", "every", "power")
         return {name: getattr(self, name) for name in names}
+
+
+def model_parameters(method: LightningModule) -> dict[str, Tensor]:
+    """The parameters of what a method trains to denoise, by their names in the method."""
+    return dict(method.denoiser.named_parameters(prefix="denoiser"))

@@ -138,9 +138,17 @@ class Sampler(Described, ABC):
     def step(self, m: Moment) -> Tensor:
         """x_s from x_t."""
 
+    def visited(self, process: NoiseProcess) -> Tensor:
+        """The t of the chain's points, noisiest first.
+
+        Raises:
+            ValueError: this process has no such steps.
+        """
+        return process.visited(self.steps)
+
     def calls(self, process: NoiseProcess) -> Tensor:
         """The t of each network call, noisiest first."""
-        return process.visited(self.steps)
+        return self.visited(process)
 
     @torch.no_grad()
     def trajectory(
@@ -159,7 +167,7 @@ class Sampler(Described, ABC):
             start: a state of this trajectory to go on from, with this or another denoiser.
         """
         process = denoiser.process
-        visited = process.visited(self.steps)
+        visited = self.visited(process)
         alpha, sigma = (c.tolist() for c in process.alpha_sigma(visited))
         grid = list(zip([*alpha, 1.0], [*sigma, 0.0]))
         steps = [Step(*here, *there) for here, there in zip(grid, grid[1:])]
@@ -313,3 +321,56 @@ class Heun(Sampler):
             return s.sigma_s * (m.x_t / s.sigma + width / 2 * (now.x0 + ahead.x0))
         width = s.sigma_s / s.alpha_s - s.sigma / s.alpha
         return s.alpha_s * (m.x_t / s.alpha + width / 2 * (now.eps + ahead.eps))
+
+
+class CAS(Sampler):
+    """Consistent annealed sampling (arXiv 2009.05475), in x_t / alpha, for any process.
+
+    The points of the chain have sigma / alpha in geometric progression, each gamma times the one
+    before. A step leaves 1 - eta of the noise that the network finds, and adds as much fresh noise
+    as the level of the next point lacks:
+
+        x_s / alpha_s = x0 + (1 - eta) sigma / alpha eps
+                        + sigma_s / alpha_s sqrt(1 - ((1 - eta) / gamma)^2) z
+
+    As gamma is constant, this is DDIM of a constant eta of its own, on these points: it draws no
+    noise at 1 - gamma, as much as DDPM at 1 - gamma^2, and more beyond. Where the data are wide, an
+    eta far above that draws too narrow samples: steps have to be small.
+
+    Args:
+        steps: how many points, 2 or more; of a chain of timesteps the nearest ones, each once.
+        eta: the paper's step size over its least sigma squared, in (1 - gamma, 1 + gamma); by
+            default 1 - gamma^2.
+        clip: see `Sampler`.
+
+    Raises:
+        ValueError: fewer than 2 steps. Later: eta is out of its range for these steps.
+    """
+
+    def __init__(self, steps: int = 50, eta: float | None = None, clip: bool = True) -> None:
+        super().__init__(steps, clip)
+        if steps < 2:
+            raise ValueError(f"steps {steps} make no geometric progression: give 2 or more")
+        self.eta = eta
+
+    def visited(self, process: NoiseProcess) -> Tensor:
+        ends = process.visited(2)
+        first, last = process.snr(ends).log().tolist()
+        gamma = math.exp((first - last) / (2 * (self.steps - 1)))
+        if self.eta is not None and not abs(1 - self.eta) < gamma:
+            raise ValueError(
+                f"eta {self.eta} must be in ({1 - gamma:.3g}, {1 + gamma:.3g}) with {self.steps} "
+                "steps of this process: choose one there, or another number of steps"
+            )
+        levels = torch.linspace(first, last, self.steps, dtype=torch.float64)
+        return process.at_log_snr(levels).clamp(*ends.aminmax()).unique_consecutive()
+
+    def step(self, m: Moment) -> Tensor:
+        s, now = m.step, m.now
+        if s.sigma_s == 0:
+            return now.x0
+        gamma = s.alpha * s.sigma_s / (s.alpha_s * s.sigma)
+        kept = gamma if self.eta is None else (1 - self.eta) / gamma
+        kept = max(-1.0, min(1.0, kept))  # the nearest timesteps may lie closer than their share
+        x_s = s.alpha_s * now.x0 + s.sigma_s * kept * now.eps
+        return x_s + s.sigma_s * math.sqrt(1 - kept**2) * m.noise()

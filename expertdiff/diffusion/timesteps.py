@@ -84,6 +84,21 @@ class Uniform(TimestepSampler):
         return process.times(u, interval), torch.ones(n, device=generator.device)
 
 
+class OneForAll(Uniform):
+    """One uniform t for all items of a micro-batch; another for each rank and seed."""
+
+    def sample(
+        self,
+        n: int,
+        interval: Interval,
+        generator: torch.Generator,
+        process: NoiseProcess,
+        step: Step,
+    ) -> tuple[Tensor, Tensor]:
+        t, weight = super().sample(1, interval, generator, process, step)
+        return t.repeat(n), weight.repeat(n)
+
+
 class UniformLogSNR(TimestepSampler):
     """Every log-SNR of the interval alike."""
 

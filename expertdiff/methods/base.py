@@ -94,7 +94,7 @@ class Method(LightningModule, ABC):
             )
         if len(set(self.seeds)) < max(1, len(self.seeds)):
             raise ValueError(f"seeds {self.seeds} name no run, or one twice: give different ones")
-        networks = [_initialised(network, s, self.job) for s in self.seeds]
+        networks = [initialised(network, s, self.job) for s in self.seeds]
         self.init_from = init_from and Expert.start(init_from)
         if self.init_from:
             for member in networks:
@@ -220,8 +220,10 @@ class Method(LightningModule, ABC):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         by_norm = gradient_clip_algorithm in (None, "norm") and (gradient_clip_val or 0) > 0
-        if by_norm and self.trainer.precision != "16-mixed":
-            # Lightning refuses a fused optimizer, although only float16 has scaled gradients.
+        # A fused optimizer in float16 has scaled gradients until it steps: Lightning refuses that.
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if by_norm and not (fused and self.trainer.precision == "16-mixed"):
+            # The norm of the model alone, without what a method trains beside it.
             self.denoiser.clip_gradients(gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -245,7 +247,7 @@ class Method(LightningModule, ABC):
             at, of_all = told.reshape(-1, 2, len(t)).unbind(1)
             self.timesteps.update(at.flatten().long(), of_all.flatten())
         loss = self.averaged((importance * each).unflatten(0, (len(self.seeds), -1)))
-        loss = (loss + self.regularised(prediction)).sum()
+        loss = (loss + self.regularised(batch, prediction, t)).sum()
         return {"loss": loss, "mse": mse.detach(), "vb": vb.detach(), "t": t}
 
     def _draw(
@@ -279,8 +281,8 @@ class Method(LightningModule, ABC):
         """The loss of each seed [S], of its items' losses [S, B]."""
         return each.mean(1)
 
-    def regularised(self, prediction: Prediction) -> Tensor | float:
-        """What a method adds to the loss of each seed, [S]."""
+    def regularised(self, batch: Batch, prediction: Prediction, t: Tensor) -> Tensor | float:
+        """What a method adds to the loss of each seed, [S], for its prediction at t [B]."""
         return 0.0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[int, tuple[Tensor, Tensor]]:
@@ -376,7 +378,7 @@ def validation_t(process: NoiseProcess, index: Tensor, interval: Interval) -> Te
     return process.times(((index + 0.5) * GOLDEN).double() % 1, interval)
 
 
-def _initialised(network: Network, seed: int, job: str) -> Network:
+def initialised(network: Network, seed: int, job: str) -> Network:
     """A new network like this one, with the first weights that `seed` gives this job."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed_of(seed, "init", job))

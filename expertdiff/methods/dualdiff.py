@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from expertdiff.data.base import Batch
 from expertdiff.diffusion.denoiser import Prediction
 from expertdiff.experts.gated import GatedExperts
 from expertdiff.methods.single import Diffusion
@@ -44,7 +45,7 @@ class DualDiff(Diffusion):
     def _keep(self, module: nn.Module, inputs: Any, logits: Tensor) -> None:
         self._logits = logits
 
-    def regularised(self, prediction: Prediction) -> Tensor | float:
+    def regularised(self, batch: Batch, prediction: Prediction, t: Tensor) -> Tensor | float:
         seeds, added = len(self.seeds), 0.0
         if self.diversity:
             added = added - self.diversity * mean_distance(prediction.eps.unflatten(0, (seeds, -1)))

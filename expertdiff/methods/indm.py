@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertdiff.data.base import Batch
 from expertdiff.diffusion.denoiser import Eps, Prediction
 from expertdiff.diffusion.process import ContinuousProcess
 from expertdiff.diffusion.timesteps import Likelihood
@@ -46,7 +47,7 @@ class INDM(Diffusion):
         self._remainder = remainder(self.process, z, log_det)
         return z
 
-    def regularised(self, prediction: Prediction) -> Tensor:
+    def regularised(self, batch: Batch, prediction: Prediction, t: Tensor) -> Tensor:
         return self._remainder.unflatten(0, (len(self.seeds), -1)).mean(1)
 
 

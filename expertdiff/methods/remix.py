@@ -143,7 +143,7 @@ class Remix(Diffusion):
         n = len(self.network.partition)
         return int(permutation(n, seed, "expert", self.job, micro_batch)[rank % n])
 
-    def regularised(self, prediction: Prediction) -> Tensor | float:
+    def regularised(self, batch: Batch, prediction: Prediction, t: Tensor) -> Tensor | float:
         if self.refit:
             return 0.0
         data, trainer = self.trainer.datamodule, self.trainer

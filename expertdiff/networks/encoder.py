@@ -1,4 +1,4 @@
-"""A small encoder of images, which ends in one number."""
+"""A small encoder of images, which ends in one number or a few."""
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -9,9 +9,9 @@ from expertdiff.networks.unet import GroupNorm, ResBlock, conv3x3, zero
 
 
 class ImageLogit(Network):
-    """A logit [B, 1] of images [B, C, H, W], for `Discrimination`: ADM's way down.
+    """A logit [B, 1] of images [B, C, H, W], for `Discrimination`, or a critic: ADM's way down.
 
-    Without attention. A fresh network outputs exactly 0.
+    Without attention. A fresh logit is exactly 0.
 
     Args:
         image_size: side of the (square) images in pixels.
@@ -20,6 +20,7 @@ class ImageLogit(Network):
         num_res_blocks: residual blocks a level.
         channel_mult: width of each level; each but the first halves the resolution.
         dropout: probability, inside the residual blocks.
+        outputs: more than one make features [B, outputs], which do not start at 0.
 
     Raises:
         ValueError: `image_size` cannot be halved often enough.
@@ -33,6 +34,7 @@ class ImageLogit(Network):
         num_res_blocks: int = 1,
         channel_mult: tuple[int, ...] = (1, 2, 2),
         dropout: float = 0.0,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
         halvings = len(channel_mult) - 1
@@ -56,7 +58,8 @@ class ImageLogit(Network):
                 self.blocks.append(ResBlock(width, out, emb_channels, dropout, True))
                 width = out
         self.norm = GroupNorm(width)
-        self.out = zero(nn.Linear(width, 1))
+        out = nn.Linear(width, outputs)
+        self.out = zero(out) if outputs == 1 else out
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         emb, h = self.time_embed(t), self.first(x_t)

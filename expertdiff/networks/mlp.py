@@ -115,22 +115,26 @@ class MLPDenoiser(EncoderDecoder):
 
 
 class MLPLogit(Network):
-    """A logit [B, 1] of points of the plane [B, 2], for `Discrimination`.
+    """A logit [B, 1] of points of the plane [B, 2], for `Discrimination`, or a critic.
 
-    A fresh network outputs exactly 0.
+    A fresh logit is exactly 0. Leading dimensions are free, as those of `MLPDenoiser`.
 
     Args:
         width: of the residual layers.
         depth: how many.
         scale: of x1 and x2 in the embedding; the larger, the rougher is the gradient of the logit.
         T: timesteps of the chain.
+        outputs: more than one make features [B, outputs], which do not start at 0.
     """
 
-    def __init__(self, width: int = 128, depth: int = 2, scale: float = 1.0, T: int = 100) -> None:
+    def __init__(
+        self, width: int = 128, depth: int = 2, scale: float = 1.0, T: int = 100, outputs: int = 1
+    ) -> None:
         super().__init__()
         self.T, self.embedding = T, Embedding(scale, T)
-        self.network = body(width, depth, None, outputs=1)
-        zero(self.network[-1])
+        self.network = body(width, depth, None, outputs=outputs)
+        if outputs == 1:
+            zero(self.network[-1])
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         return self.network(self.embedding(x_t, t))

@@ -78,12 +78,14 @@ def train(
     steps: int,
     output: Path,
     seeds: Sequence[int] | None = TRAINING,
+    config: Path = CONFIG,
+    network: str = "curricula.Flat",
 ) -> Path:
     """The folder of a run that trained these seeds side by side, or the one of its options."""
     folder = output / name.replace("/", "over").replace(" ", "-")
     arguments = [
-        "fit", f"--config={CONFIG}", *options, f"--trainer.default_root_dir={folder}",
-        f"--model.seeds={json.dumps(seeds)}", "--model.network=curricula.Flat",
+        "fit", f"--config={config}", *options, f"--trainer.default_root_dir={folder}",
+        f"--model.seeds={json.dumps(seeds)}", f"--model.network={network}",
         f"--trainer.max_steps={steps}", "--trainer.logger=JsonLines", "--trainer.accelerator=cpu",
         "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false",
         "--trainer.enable_model_summary=false", f"--checkpoint.every_n_steps={steps}",
