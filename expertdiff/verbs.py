@@ -8,7 +8,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from tqdm import tqdm
 
-from expertdiff.bundle import Bundle, read_manifest
+from expertdiff.bundle import Bundle, check_data, read_manifest
 from expertdiff.data.base import Data
 from expertdiff.devices import default_device
 from expertdiff.diffusion.denoiser import Denoiser
@@ -182,12 +182,7 @@ def likelihood(
     items, ours = data.split("reference")[0][:samples], model.manifest["shared"]["data"]
     if len(items) < 2:
         raise ValueError(f"samples {samples} leave {len(items)} items: ask about 2 or more")
-    for key in ("shape", "scale"):
-        if (theirs := data.identity()[key]) != ours[key]:
-            raise ValueError(
-                f"{bundle} was trained on data of {key} {ours[key]}, these have {theirs}: name the "
-                "data it was trained on"
-            )
+    check_data(bundle, ours, data.identity())
     if "autoencoder" in ours:
         raise ValueError(f"{bundle} draws latents, whose likelihood is not that of their images")
     if model.num_classes:

@@ -214,7 +214,7 @@ class TestUncertainty:
         "replaced, said",
         [
             ({"partition": Partition([0, 1])}, "has one interval"),
-            ({"timesteps": LossSecondMoment()}, "learns from the whole chain"),
+            ({"timesteps": LossSecondMoment()}, "draws from the whole chain"),
             ({"fixed": [1, 2]}, "for each of the 3 intervals"),
             ({"fixed": [1, 2, 0]}, "must be a positive loss"),
         ],

@@ -305,7 +305,7 @@ def test_a_refit_moves_the_coefficients_alone(trained, tmp_path):
     [
         (["--model.seeds=[0,1]"], "cannot be trained stacked"),
         (["--model.network=MLPDenoiser"], "MLPDenoiser has no bases to mix"),
-        (["--model.timesteps=LossSecondMoment"], "LossSecondMoment learns from the whole chain"),
+        (["--model.timesteps=LossSecondMoment"], "LossSecondMoment draws from the whole chain"),
         (["--model.refit=true"], "refit trains the coefficients of trained bases"),
         (["--model.init_from={}", "--model.network.mixer=Raw"], "of another mixer"),
         (["--model.init_from={}", "--model.network.bases=2"], r"is (8, 4) instead of (8, 2)"),

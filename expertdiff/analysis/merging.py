@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
 from tqdm import tqdm
 
-from expertdiff.bundle import Bundle, Expert, Merger
+from expertdiff.bundle import Bundle, Expert, Merger, check_data, check_output
 from expertdiff.data.base import Data
 from expertdiff.devices import default_device
 from expertdiff.diffusion.denoiser import NetworkDenoiser
@@ -18,10 +17,13 @@ from expertdiff.diffusion.partition import Interval
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.evaluation.kinds import kind
 from expertdiff.methods.base import validation_t
-from expertdiff.methods.stitched import Evaluation, sample_labels
+from expertdiff.methods.stitched import Evaluation
 
 SEED = -1
 """Of the samples that shares are chosen by, which would flatter them in a test of the same."""
+
+Score = Callable[[NetworkDenoiser], float]
+"""A number of a network; the lower, the better."""
 
 
 def merge(
@@ -33,6 +35,7 @@ def merge(
     evaluation: Evaluation | None = None,
     loss_items: int = 2000,
     trials: int = 100,
+    allow_unfinished: bool = False,
 ) -> None:
     """Make one network of experts that were trained from one network (Decouple-then-Merge).
 
@@ -47,28 +50,29 @@ def merge(
             sampling seeds than a test will have.
         loss_items: how many training items tell the loss, the first ones.
         trials: networks that the search may try.
+        allow_unfinished: also take experts that were not trained to their end.
     """
-    first, *others = (Expert.read(path) for path in (origin, *experts))
-    merger = Merger(first, others)
-    if (shares is None) == (data is None):
+    if (shares is None) == (data is None) or (evaluation and data is None):
         raise ValueError("give shares, or data to search them by: one of the two")
+    first, *others = Expert.start(origin), *map(Expert.read, experts)
+    merger = Merger(first, others, allow_unfinished)
+    check_output(Path(output), [first, *others])
     if shares is None:
-        told = Samples(first, data, evaluation) if evaluation else Loss(first, data, loss_items)
-        shares = search(merger, told, trials)
-    bundle = Bundle.write([merger.merged(shares)], output)
+        check_data(first.path, first.identity["data"], data.identity())
+        score = Samples(first, data, evaluation) if evaluation else Loss(data, loss_items)
+        shares = search(merger, score, trials)
     for path, share in zip(experts, shares):
-        print(f"{share:+.3f}  {path}")
+        print(f"{share:+.4f}  {path}")
+    bundle = Bundle.write([merger.merged(shares)], output)
     print(f"bundle: {bundle.folder}")
 
 
-def search(
-    merger: Merger, told: Callable[[NetworkDenoiser], float], trials: int = 100
-) -> list[float]:
-    """The shares whose network is told to be the best, by Nelder and Mead's simplex.
+def search(merger: Merger, score: Score, trials: int = 100) -> list[float]:
+    """The shares of the network with the best score, by Nelder and Mead's simplex.
 
     Args:
         merger: what is merged.
-        told: a number of a network, the lower the better.
+        score: what to look for.
         trials: networks that are tried; the origin and the mean of the experts are the first two.
     """
     n, device = len(merger.experts), default_device()
@@ -77,7 +81,7 @@ def search(
 
     def value(shares: Sequence[float]) -> float:
         denoiser.network.load_state_dict(merger.weights(shares))
-        tried[tuple(map(float, shares))] = found = told(denoiser)
+        tried[tuple(map(float, shares))] = found = score(denoiser)
         bar.update()
         bar.set_postfix(best=f"{min(tried.values()):.5g}")
         return found
@@ -95,29 +99,30 @@ class Loss:
     """The mse of a network on training items, at fixed t and noise.
 
     Args:
-        origin: what the networks are.
         data: whose training items are asked about.
         items: how many; the first ones.
+
+    Raises:
+        ValueError: none.
     """
 
-    def __init__(self, origin: Expert, data: Data, items: int) -> None:
+    def __init__(self, data: Data, items: int) -> None:
         if items < 1:
             raise ValueError(f"items {items} tell no loss: give 1 or more")
         device = default_device()
-        found, y = (part[:items].to(device) for part in data.split("train"))
-        self.x0, self.y = data.scaled(found), y
-        self.index = torch.arange(len(found), device=device)
+        found, self.y = (part[:items].to(device) for part in data.split("train"))
+        self.x0, self.index = data.scaled(found), torch.arange(len(found), device=device)
         self.eps = SampleNoise(0, self.index.tolist(), self.x0.shape[1:], device)(0)
 
     @torch.no_grad()
     def __call__(self, denoiser: NetworkDenoiser) -> float:
         process, parts = denoiser.process, []
         t = validation_t(process, self.index, Interval())
-        for i in self.index.split(500):
-            x0, eps = self.x0[i], self.eps[i]
+        for i in self.index.split(200):
+            (x0, _), eps = denoiser.from_data(self.x0[i]), self.eps[i]
             y = self.y[i] if denoiser.network.num_classes else None
-            told = denoiser(process.add_noise(x0, eps, t[i]), t[i], y)
-            parts.append(losses(told, denoiser.prediction, process, x0, eps, t[i]).mse)
+            prediction = denoiser(process.add_noise(x0, eps, t[i]), t[i], y)
+            parts.append(losses(prediction, denoiser.prediction, process, x0, eps, t[i]).mse)
         return torch.cat(parts).double().mean().item()
 
 
@@ -126,7 +131,7 @@ class Samples:
 
     Args:
         origin: what the networks are.
-        data: see above.
+        data: whose training items they are compared with.
         evaluation: how samples are drawn and judged.
 
     Raises:
@@ -136,24 +141,19 @@ class Samples:
     def __init__(self, origin: Expert, data: Data, evaluation: Evaluation) -> None:
         if evaluation.judge is None:
             raise ValueError("the evaluation has no judge: name one, for example Pixels")
-        self.evaluation, self.identity = evaluation, origin.identity["data"]
-        self.kind, self.device = kind(self.identity), default_device()
+        self.evaluation, self.trained = evaluation, origin.identity["data"]
+        self.kind, self.device = kind(self.trained), default_device()
         evaluation.check(self.kind, str(origin.path))
         self.judge = evaluation.judge.to(self.device)
         self.real = self.judge.real(data.real("train"), self.device)
 
     @torch.no_grad()
     def __call__(self, denoiser: NetworkDenoiser) -> float:
-        e = self.evaluation
+        e, shape = self.evaluation, tuple(self.trained["shape"])
+        guided = e.guided(denoiser, self.trained).to(self.device)
         features = [
-            self.judge(self._drawn(denoiser, index.tolist()))
+            self.judge(e.draw(guided, self.kind, shape, SEED, index))
             for index in torch.arange(e.samples).split(e.batch_size)
         ]
         summary = self.judge.summary(torch.cat(features))
         return self.judge.distances(summary, self.real)[self.judge.metric]
-
-    def _drawn(self, denoiser: NetworkDenoiser, index: list[int]) -> Tensor:
-        noise = SampleNoise(SEED, index, self.identity["shape"], self.device)
-        labels = sample_labels(denoiser.network.num_classes, SEED, index, self.device)
-        guided = self.evaluation.guided(denoiser, self.identity)
-        return self.kind.finished(self.evaluation.sampler(guided, noise, labels))

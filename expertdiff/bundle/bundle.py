@@ -9,7 +9,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from expertdiff.bundle.expert import Expert, check_fit, check_together, denoiser_of, network_of
-from expertdiff.bundle.files import SHARED, read_manifest, read_tensors, read_weights
+from expertdiff.bundle.files import (
+    SHARED,
+    check_weights,
+    read_manifest,
+    read_tensors,
+    read_weights,
+)
 from expertdiff.describe import build
 from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.partition import Interval, Partition
@@ -106,7 +112,9 @@ class Bundle:
     ) -> "Bundle":
         """As `stitch`, of experts that have been read and fit together."""
         output = Path(output)
-        _check_output(output)
+        check_output(output, experts)
+        for expert in experts:
+            check_weights(expert.path, expert.weights)
         if partition is None:
             # The finest: a baseline beside experts has the whole chain as its own.
             partition = Partition(max((e.identity["partition"] for e in experts), key=len))
@@ -158,7 +166,7 @@ class Bundle:
             )
         if output.resolve() == source.resolve():
             raise ValueError(f"{output} would take the place of its source: choose another folder")
-        _check_output(output)
+        check_output(output)
         network = build(manifest["shared"]["network"], Network)
         digests: dict[str, str] = {}
         for entry in manifest["experts"]:
@@ -253,6 +261,13 @@ def _owners(experts: Sequence[Expert], partition: Partition) -> list[Expert]:
     return owners
 
 
-def _check_output(folder: Path) -> None:
+def check_output(folder: Path, sources: Sequence[Expert] = ()) -> None:
+    """Raises a ValueError where a bundle would take the place of something else, or a source."""
     if folder.exists() and not (folder / "manifest.json").is_file() and any(folder.iterdir()):
         raise ValueError(f"{folder} holds something else than a bundle: choose another folder")
+    for source in sources:
+        if source.path.resolve().parent == folder.resolve():
+            raise ValueError(
+                f"{folder} would take the place of its source {source.path.name}: choose another "
+                "folder"
+            )

@@ -1,7 +1,7 @@
 """Trained weights that can serve an interval, wherever they lie."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,21 @@ def check_fit(network: Network, weights: dict[str, Tensor], path: Path) -> None:
         network.check(weights)
     except ValueError as error:
         raise ValueError(f"{path} does not fit its network: {error}") from error
+
+
+def check_data(path: Path, trained: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """Raises a ValueError unless `data` are of the kind that the model in `path` was trained on.
+
+    Args:
+        path: of the model.
+        trained, data: of its training, and those that it is to meet (`Data.identity`).
+    """
+    for key in ("shape", "scale"):
+        if data[key] != trained[key]:
+            raise ValueError(
+                f"{path} was trained on data of {key} {trained[key]}, these have {data[key]}: name "
+                "the data it was trained on"
+            )
 
 
 def check_together(experts: Sequence[Expert], allow_unfinished: bool = False) -> None:

@@ -1,10 +1,12 @@
 """One network of several that began as one (Decouple-then-Merge, arXiv 2410.06664)."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from expertdiff.bundle.expert import Expert, check_together
+from expertdiff.diffusion.partition import Interval
 
 
 class Merger:
@@ -17,10 +19,13 @@ class Merger:
         experts: trained from there, of any intervals.
 
     Raises:
-        ValueError: nothing to merge, an expert of another origin, or one that does not fit.
+        ValueError: nothing to merge, an expert of another origin, one that does not fit, or an
+            origin of a part of the chain.
     """
 
-    def __init__(self, origin: Expert, experts: Sequence[Expert]) -> None:
+    def __init__(
+        self, origin: Expert, experts: Sequence[Expert], allow_unfinished: bool = False
+    ) -> None:
         if not experts:
             raise ValueError("no expert was given: name those that were trained from the origin")
         for expert in experts:
@@ -31,19 +36,28 @@ class Merger:
                     f"({origin.sha256[:12]}), and only what began as one network can be merged: "
                     "name what its model.init_from was, and experts that started there"
                 )
-        check_together([origin, *experts])
+        if not origin.identity:  # a file of another project is of the whole chain
+            origin.identity = experts[0].identity | {"interval": [0, 1], "partition": [0, 1]}
+        if origin.interval != Interval():
+            raise ValueError(
+                f"{origin.path} acts in {origin.interval}, and a merged network acts everywhere: "
+                "merge what began as a network of the whole chain"
+            )
+        check_together([origin, *experts], allow_unfinished)
         self.origin, self.experts = origin, list(experts)
 
     def weights(self, shares: Sequence[float]) -> dict[str, Tensor]:
         """The merged network's, where each expert has this share; 0 of all is the origin.
 
         Raises:
-            ValueError: not one share an expert.
+            ValueError: not one share an expert, or one that is not finite.
         """
         if len(shares) != len(self.experts):
             raise ValueError(
                 f"shares {list(shares)} are not one for each of the {len(self.experts)} experts"
             )
+        if not all(map(math.isfinite, shares)):
+            raise ValueError(f"shares {list(shares)} must be finite: give numbers about 0 to 1")
         merged = dict(self.origin.weights)
         for share, expert in zip(shares, self.experts):
             if share:

@@ -62,6 +62,9 @@ class TimestepSampler(Described, nn.Module, ABC):
     learns = False
     """Whether `update` is to be called."""
 
+    bound = False
+    """Whether it draws from the interval it was prepared for, whatever it is asked for."""
+
     paced = False
     """Whether draws depend on `Step.run`, so that another length of the run is another run."""
 
@@ -256,6 +259,7 @@ class Staged(TimestepSampler):
             a stage; on a draw, too few for each stage to have one.
     """
 
+    bound = True
     ends: Tensor
 
     def __init__(
@@ -326,7 +330,7 @@ class LossSecondMoment(TimestepSampler):
         ValueError: out of range; on preparation, a process without integer timesteps.
     """
 
-    learns = True
+    learns = bound = True
     losses: Tensor
     told: Tensor
 

@@ -79,6 +79,11 @@ class StackedDenoiser(NetworkDenoiser):
         z, log_det = self.flow(x0.unflatten(0, (self.size, -1)))
         return z.flatten(0, 1), log_det.flatten(0, 1)
 
+    def to_data(self, z: Tensor) -> Tensor:
+        if self.flow is None:
+            return z
+        return self.flow.inverse(z.unflatten(0, (self.size, -1))).flatten(0, 1)
+
     @torch.no_grad()
     def clip_gradients(self, most: float) -> None:
         """Scales the gradient of each network to a norm of at most `most`, as if it were alone."""

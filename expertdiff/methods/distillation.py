@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertdiff.bundle import Bundle
+from expertdiff.bundle import Bundle, check_data
 from expertdiff.data.base import Batch
 from expertdiff.describe import describe, differences
 from expertdiff.diffusion.denoiser import Denoiser, Prediction
@@ -29,53 +29,74 @@ class Teacher:
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser.eval().requires_grad_(False)
+        # What routes looks at t, which costs one wait for the device then, not one an expert.
+        self._routes = len(denoiser.partition) > 1
 
-    def told(self, method: Method, batch: Batch, t: Tensor, eps: Tensor) -> Prediction:
-        """What it says about the items at t [B] and eps [B, ...]."""
-        self.denoiser.to(batch.x0.device)  # once: there it is nothing to do
-        with torch.no_grad():
-            x_t = method.process.add_noise(method.mapped(batch.x0), eps, t)
-            return self.denoiser(x_t, t, batch.y if method.network.num_classes else None)
+    def to(self, device: torch.device) -> None:
+        """Moves it, once before training."""
+        layout = torch.channels_last if device.type == "cuda" else torch.preserve_format
+        self.denoiser.to(device, memory_format=layout)
 
     def error(
         self, method: Method, prediction: Prediction, batch: Batch, t: Tensor, eps: Tensor
     ) -> Tensor:
         """The squared distance [B] of the network's output from what the teacher would put out."""
-        told, kind = self.told(method, batch, t, eps), method.denoiser.prediction
+        x_t = method.process.add_noise(method.mapped(batch.x0), eps, t)
+        y = batch.y if method.network.num_classes else None
+        with torch.no_grad():
+            told = self.denoiser(x_t, t.cpu() if self._routes else t, y)
+        kind = method.denoiser.prediction
         return losses(prediction, kind, method.process, told.x0, told.eps, t).mse
 
 
 class Distillation(Diffusion):
     """One network that learns what a bundle says: experts of any kind in one.
 
-    The loss is |eps - eps_teacher|^2 at x_t of real data, or what that is for x0 or v. Validation
-    tells the usual loss on data, so that it can be compared with that of others, and a learned
-    variance goes by the data. A step costs a third more than one on data.
+    The loss is |eps - eps_teacher|^2 at x_t of real data, or the same of x0 or v, whichever both of
+    them predict. Validation tells the usual loss on data, which can be compared with that of other
+    methods, and a learned variance goes by the data. A step costs a third more than one on data.
 
     Args:
         teacher: the bundle's folder.
         kwargs: see `Method`.
 
     Raises:
-        ValueError: a teacher of another noise process.
+        ValueError: a teacher of another noise process, prediction or number of classes, or a flow
+            in front of either. Later: one of other data.
     """
 
     def __init__(self, teacher: Path, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.teacher = Teacher(Bundle.load(teacher).denoiser)
+        self.bundle = Bundle.load(teacher)
+        self.teacher = Teacher(self.bundle.denoiser)
         self._taught_by = sha256_of(Path(teacher) / "manifest.json")
-        theirs = describe(self.teacher.denoiser.process)
-        if changed := differences(describe(self.process), theirs, "process"):
+        theirs = self.bundle.manifest["shared"]
+        ours = {
+            "process": describe(self.process),
+            "prediction": describe(self.denoiser.prediction),
+            "num_classes": self.network.num_classes,
+        }
+        theirs = {name: theirs.get(name, self.bundle.num_classes) for name in ours}
+        if changed := differences(ours, theirs):
             raise ValueError(
-                f"{teacher} knows other noise than the network is to learn ({'; '.join(changed)}): "
-                "train with the teacher's process"
+                f"{teacher} is no teacher of this network ({'; '.join(changed)}): train with the "
+                "teacher's process, prediction and classes"
             )
-        if self.teacher.denoiser.flow is not None:
-            raise ValueError(f"{teacher} denoises behind a flow: distil a model without one")
+        if self.teacher.denoiser.flow or self.denoiser.flow:
+            raise ValueError(
+                f"what {teacher} says and the network learns must be about the data, not about "
+                "what a flow makes of them: distil a model without a flow into one without"
+            )
 
     @property
     def job(self) -> str:
         return "distilled"
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule.identity()
+        check_data(self.bundle.folder, self.bundle.manifest["shared"]["data"], data)
+        super().setup(stage)
+        self.teacher.to(self.trainer.strategy.root_device)
 
     def learned(self, batch: Batch, t: Tensor, eps: Tensor) -> tuple[Losses, Prediction | None]:
         (_, vb), prediction = self.losses(batch, t, eps)
@@ -90,7 +111,8 @@ class Decoupled(MDM):
 
     Decouple-then-Merge (DeMe, arXiv 2410.06664). The loss is |e - eps|^2 + keep |e - e_0|^2, with
     e_0 of the network in `init_from`; some whole batches draw t from the whole chain. The result is
-    an expert as MDM's, or, with the others, one network: `expertdiff merge`.
+    an expert as MDM's, or, with the others, one network: `expertdiff merge`. Training's mse is told
+    with both terms, validation's with the first alone.
 
     Args:
         keep: how much the distance from the first network counts.
@@ -98,7 +120,8 @@ class Decoupled(MDM):
         kwargs: see `Method`; `init_from` must be given.
 
     Raises:
-        ValueError: nothing to start from, timesteps that learn, or a number out of its range.
+        ValueError: timesteps that cannot be drawn elsewhere, or a number out of its range. Later:
+            nothing to start from.
     """
 
     def __init__(self, keep: float = 1.0, elsewhere: float = 0.3, **kwargs: Any) -> None:
@@ -107,18 +130,22 @@ class Decoupled(MDM):
             raise ValueError(
                 f"keep {keep} must not be negative, and elsewhere {elsewhere} must be in [0, 1]"
             )
-        if self.timesteps.learns:
+        if self.timesteps.bound:
             raise ValueError(
-                f"{type(self.timesteps).__name__} learns from one interval, and Decoupled also "
-                "draws from others: use Uniform timesteps"
-            )
-        if self.init_from is None:
-            raise ValueError(
-                "Decoupled tunes a network that is there: name its run, checkpoint or file with "
-                "model.init_from"
+                f"{type(self.timesteps).__name__} draws from one interval, and Decoupled also from "
+                "others: use Uniform timesteps"
             )
         self.keep, self.elsewhere = keep, elsewhere
         self.teacher = Teacher(copy.deepcopy(self.denoiser))  # before a checkpoint replaces it
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.init_from is None:
+            raise ValueError(
+                "Decoupled tunes a network that is there: name its run, checkpoint or file with "
+                "model.init_from, or give study.shared iterations"
+            )
+        super().setup(stage)
+        self.teacher.to(self.trainer.strategy.root_device)
 
     def drawn(self, seed: int, key: tuple[int | str, ...]) -> list[Interval]:
         coin = generator("cpu", seed, "elsewhere", self.job, self.trainer.global_step)

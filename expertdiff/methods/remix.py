@@ -80,9 +80,9 @@ class Remix(Diffusion):
         self.gamma, self.coefficient_lr, self.refit = gamma or Paper(), coefficient_lr, refit
         if not isinstance(self.network, Remixed):
             raise ValueError(f"{type(self.network).__name__} has no bases to mix: use RemixDiT")
-        if self.timesteps.learns:
+        if self.timesteps.bound:
             raise ValueError(
-                f"{type(self.timesteps).__name__} learns from the whole chain, and a batch of "
+                f"{type(self.timesteps).__name__} draws from the whole chain, and a batch of "
                 "Remix has a part of it: use Uniform timesteps"
             )
         self._same_mixer()

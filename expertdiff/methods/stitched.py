@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from expertdiff.bundle import Bundle
+from expertdiff.bundle import Bundle, check_data, classes_of
 from expertdiff.data.base import Batches
 from expertdiff.describe import describe
 from expertdiff.diffusion.denoiser import Denoiser
@@ -78,6 +78,23 @@ class Evaluation:
         self.guidance.check(data)
         return self.guidance(denoiser)
 
+    def draw(
+        self, denoiser: Denoiser, ours: Kind, shape: tuple[int, ...], seed: int, index: Tensor
+    ) -> Tensor:
+        """Finished samples [B, ...] with these indices [B], on the device of the denoiser.
+
+        Args:
+            denoiser: the model, as `guided` gives it.
+            ours: the kind of its samples.
+            shape: of one sample.
+            seed: the sampling seed.
+            index: of the samples.
+        """
+        device, indices = next(denoiser.parameters()).device, index.tolist()
+        labels = sample_labels(classes_of(denoiser), seed, indices, device)
+        noise = SampleNoise(seed, indices, shape, device)
+        return ours.finished(self.sampler(denoiser, noise, labels))
+
 
 class Stitched(LightningModule):
     """Tests a bundle against the data's reference items, or draws from it.
@@ -121,20 +138,13 @@ class Stitched(LightningModule):
 
     def draw(self, seed: int, index: Tensor) -> Tensor:
         """The samples with these indices, as `Data.real` gives real items: uint8 for images."""
-        noise = SampleNoise(seed, index.tolist(), self.bundle.shape, self.device)
-        labels = self.labels(seed, index)
-        return self.kind.finished(self.evaluation.sampler(self.denoiser, noise, labels))
+        return self.evaluation.draw(self.denoiser, self.kind, self.bundle.shape, seed, index)
 
     def on_test_start(self) -> None:
         if self._judge is None:
             raise ValueError("the evaluation has no judge: name one, for example Pixels")
-        data, ours = self.trainer.datamodule.identity(), self.bundle.manifest["shared"]["data"]
-        for key in ("shape", "scale"):
-            if data[key] != ours[key]:
-                raise ValueError(
-                    f"{self.bundle.folder} was trained on data of {key} {ours[key]}, "
-                    f"the reference has {data[key]}: name the data it was trained on"
-                )
+        trained = self.bundle.manifest["shared"]["data"]
+        check_data(self.bundle.folder, trained, self.trainer.datamodule.identity())
         for logger in self.trainer.loggers:
             if isinstance(logger, JsonLines):
                 logger.forget_after(-1)  # of an earlier test into the same folder

@@ -26,8 +26,8 @@ class Uncertainty(Diffusion):
         kwargs: see `Method`.
 
     Raises:
-        ValueError: a partition of one interval, timesteps that learn, losses that are not positive
-            or not one an interval, or a batch with fewer items than intervals.
+        ValueError: a partition of one interval, timesteps of the whole chain, losses that are not
+            positive or not one an interval, or a batch with fewer items than intervals.
     """
 
     def __init__(
@@ -41,10 +41,10 @@ class Uncertainty(Diffusion):
                 f"{self.partition} has one interval, whose learned weight is a step size: give "
                 "more edges, or train it without weights by Diffusion or MDM"
             )
-        if self.timesteps.learns:
+        if self.timesteps.bound:
             raise ValueError(
-                f"{type(self.timesteps).__name__} learns from the whole chain, and Uncertainty "
-                "draws from its intervals in turn: use Uniform timesteps"
+                f"{type(self.timesteps).__name__} draws from the whole chain, and Uncertainty from "
+                "its intervals in turn: use Uniform timesteps"
             )
         if fixed is not None and (len(fixed) != k or min(fixed) <= 0):
             raise ValueError(

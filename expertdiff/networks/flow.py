@@ -90,10 +90,18 @@ class Flowed(Network):
     Args:
         network: the denoising network.
         flow: h.
+
+    Raises:
+        ValueError: a network of several experts.
     """
 
     def __init__(self, network: Network, flow: CouplingFlow) -> None:
         super().__init__()
+        if hasattr(network, "partition"):
+            raise ValueError(
+                f"{type(network).__name__} routes by t, which no flow is made for: put the flow in "
+                "front of a plain network"
+            )
         self.network, self.flow = network, flow.requires_grad_(False)
         self.T, self.num_classes = network.T, network.num_classes
         self.null_class = network.null_class

@@ -80,7 +80,7 @@ class Seed:
         evaluation = Evaluation(DDIM("ddim25"), Pixels(), self.samples, batch_size=1000)
         told = {
             "mean": None,
-            "by loss": Loss(merger.origin, Digits(), 2000),
+            "by loss": Loss(Digits(), 2000),
             "by samples": Samples(merger.origin, Digits(), evaluation),
         }
         for name, by in told.items():
