@@ -17,7 +17,8 @@ class CouplingFlow(Described, nn.Module):
     """Affine couplings z = h(x) of points (RealNVP, arXiv 1605.08803, equations 4 to 8).
 
     Each layer keeps one half of the coordinates, and maps the other by x exp(s) + m, s and m being
-    functions of the first; halves take turns. s is a tanh, so no layer stretches by more than e. A
+    functions of the first; halves take turns. s is bounded such that the layers together scale no
+    coordinate by more than e: a network that has not learnt yet would let INDM blow the data up. A
     fresh flow is the identity bit for bit. It computes in float32, whatever the precision of the
     network. Leading dimensions are free, as in `MLPDenoiser`.
 
@@ -35,6 +36,7 @@ class CouplingFlow(Described, nn.Module):
         if depth < 0 or dim < 2:
             raise ValueError(f"depth {depth} must not be negative, and dim {dim} at least 2")
         self.dim, self.sizes = dim, (dim // 2, dim - dim // 2)
+        self.most = 1 / max(1, (depth + 1) // 2)  # of s, in each of the layers that move a half
         self.layers = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(self.sizes[i % 2], width),
@@ -52,7 +54,7 @@ class CouplingFlow(Described, nn.Module):
         log_det = parts[0].new_zeros(x.shape[:-1])
         with torch.autocast(x.device.type, enabled=False):
             for i, layer in enumerate(self.layers):
-                s, m = _scale_and_shift(layer, parts[i % 2])
+                s, m = self._scale_and_shift(layer, parts[i % 2])
                 parts[1 - i % 2] = parts[1 - i % 2] * s.exp() + m
                 log_det = log_det + s.sum(-1)
         return torch.cat(parts, dim=-1), log_det
@@ -62,7 +64,7 @@ class CouplingFlow(Described, nn.Module):
         parts = self._halves(z)
         with torch.autocast(z.device.type, enabled=False):
             for i, layer in reversed([*enumerate(self.layers)]):
-                s, m = _scale_and_shift(layer, parts[i % 2])
+                s, m = self._scale_and_shift(layer, parts[i % 2])
                 parts[1 - i % 2] = (parts[1 - i % 2] - m) * (-s).exp()
         return torch.cat(parts, dim=-1)
 
@@ -74,10 +76,9 @@ class CouplingFlow(Described, nn.Module):
             )
         return list(x.float().split(self.sizes, dim=-1))
 
-
-def _scale_and_shift(layer: nn.Module, kept: Tensor) -> tuple[Tensor, Tensor]:
-    s, m = layer(kept).chunk(2, dim=-1)
-    return s.tanh(), m
+    def _scale_and_shift(self, layer: nn.Module, kept: Tensor) -> tuple[Tensor, Tensor]:
+        s, m = layer(kept).chunk(2, dim=-1)
+        return self.most * s.tanh(), m
 
 
 class Flowed(Network):
