@@ -87,6 +87,8 @@ def measured(seed: int, steps: int, samples: int, output: Path) -> dict[str, lis
     path_of, bce = discriminator(seed, output / "drawn", output, shuffled=False)
     for weight in (0.5, 1.0, 2.0, 4.0, -1.0):
         tell(f"w = {weight:g}", plain, "ddim25", Discriminator(path_of, weight))
+    stale = Discriminator(path_of)  # of the other model's samples
+    tell("w = 1, ten times the training", model("longer", 10 * steps), "ddim25", stale)
     path_of, no_bce = discriminator(seed, output / "drawn", output, shuffled=True)
     tell("shuffled labels, w = 1", plain, "ddim25", Discriminator(path_of))
     rows["bce"] = [bce, no_bce]
