@@ -226,10 +226,11 @@ def _lazy_experts(folder: Path, manifest: dict[str, Any]) -> list[Denoiser]:
         verified[file] = stamp
         return weights
 
-    for file in reversed(entries):  # all are refused now, not after hours
-        network.load_state_dict(read(file))  # at once, so that never two wait beside it
     files = [entry["file"] for entry in manifest["experts"]]
     slot = Slot(denoiser_of(shared, network), files, read)
+    last = len(files) - 1
+    for i in (*range(last, -1, -1), last):  # all are refused now, not after hours
+        slot.take(i)
     experts: list[Denoiser] = []
     for i, file in enumerate(files):
         same = i > 0 and file == files[i - 1]

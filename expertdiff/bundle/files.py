@@ -14,6 +14,9 @@ from expertdiff.int8 import SCALE
 
 PICKLES = {".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".bin"}
 
+AT_ONCE = 2**23
+"""Bytes that are read of a file until what lies in memory of it is let go."""
+
 SHARED = ("process", "prediction", "network", "data")
 """What the experts of one bundle must have in common."""
 
@@ -81,13 +84,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     scales = {name + SCALE for name in names}.intersection(names)
-    weights = {}
-    for first in range(0, len(names), 4):
+    weights: dict[str, Tensor] = {}
+    while names:
         # Opened anew, or in the end the whole file would be in memory beside the copies.
         with safe_open(path, "pt") as file:
-            for name in names[first : first + 4]:
+            read = 0
+            while names and read < AT_ONCE:
+                if (name := names.pop()) in scales:
+                    continue
+                weights[name] = file.get_tensor(name).clone()
                 if name + SCALE in scales:
-                    weights[name] = file.get_tensor(name) * file.get_tensor(name + SCALE)
-                elif name not in scales:
-                    weights[name] = file.get_tensor(name).clone()
+                    weights[name] = weights[name] * file.get_tensor(name + SCALE)
+                read += weights[name].nbytes
     return weights

@@ -15,7 +15,7 @@ class Slot:
     On the device are the weights of one expert, on the host those of the one being read.
 
     Args:
-        denoiser: of the network, which has the weights of the noisiest expert.
+        denoiser: of the network, whatever its weights are.
         names: of the weights of each interval, cleanest first; intervals may share theirs.
         read: the weights of a name, on the CPU; called in a thread of its own.
     """
@@ -28,7 +28,7 @@ class Slot:
     ) -> None:
         self.denoiser, self.names, self.read = denoiser, list(names), read
         self._pool = ThreadPoolExecutor(max_workers=1)
-        self._held: str | None = names[-1]
+        self._held: str | None = None
         self._coming: tuple[str, Future[dict[str, Tensor]]] | None = None
 
     @torch.no_grad()
