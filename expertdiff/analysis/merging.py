@@ -103,7 +103,7 @@ class Loss:
         items: how many; the first ones.
 
     Raises:
-        ValueError: none.
+        ValueError: no items.
     """
 
     def __init__(self, data: Data, items: int) -> None:

@@ -100,18 +100,24 @@ def measured(folder: Path, samples: int) -> list[dict[str, list[float]]]:
     return [judged(Expert.read(folder, seed).denoiser(), samples) for seed in TRAINING]
 
 
-@torch.no_grad()
 def judged(denoiser: Denoiser, samples: int) -> dict[str, list[float]]:
     """Losses by interval, and the distance by sampling seed."""
-    data, judge, distances = Digits(), Pixels(), []
+    return {"FD": distances(denoiser, samples), "loss": by_interval(denoiser, Digits())}
+
+
+@torch.no_grad()
+def distances(denoiser: Denoiser, samples: int, steps: str = "ddim25") -> list[float]:
+    """From held-out digits, one a sampling seed."""
+    data, judge, found = Digits(), Pixels(), []
     reference = judge.real(data.real("validation"), torch.device("cpu"))
     for seed in SAMPLING:
         noise = SampleNoise(seed, range(samples), data.shape, "cpu")
-        drawn = judge(to_uint8(DDIM("ddim25")(denoiser, noise)))
-        distances.append(judge.distances(judge.summary(drawn), reference)[judge.metric])
-    return {"FD": distances, "loss": by_interval(denoiser, data)}
+        drawn = judge(to_uint8(DDIM(steps)(denoiser, noise)))
+        found.append(judge.distances(judge.summary(drawn), reference)[judge.metric])
+    return found
 
 
+@torch.no_grad()
 def by_interval(denoiser: Denoiser, data: Digits) -> list[float]:
     """The mean squared error of eps in each interval, at the same t and noise for all."""
     x0 = data.scaled(data.split("validation")[0])

@@ -11,16 +11,12 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from curricula import CONFIG, PROCESS, SAMPLING, TRAINING, spread, train
+from curricula import CONFIG, PROCESS, TRAINING, distances, spread, train
 
 from expertdiff.bundle import Bundle
 from expertdiff.cli import main as expertdiff
-from expertdiff.data.images import Digits
 from expertdiff.diffusion.guidance import Guidance
-from expertdiff.diffusion.samplers import DDIM, SampleNoise
 from expertdiff.discriminator import Discriminator
-from expertdiff.evaluation.features import Pixels
-from expertdiff.evaluation.images import to_uint8
 from expertdiff.files import read_json, write_json
 from expertdiff.loggers import read_metrics
 
@@ -49,20 +45,6 @@ def discriminator(seed: int, drawn: Path, output: Path, shuffled: bool) -> tuple
     return folder / "bundle", min(told)
 
 
-def distances(bundle: Bundle, steps: str, samples: int, guidance: Guidance | None) -> list[float]:
-    """From held-out digits, one a sampling seed."""
-    data, judge = Digits(), Pixels()
-    reference = judge.real(data.real("validation"), torch.device("cpu"))
-    denoiser = guidance(bundle.denoiser) if guidance else bundle.denoiser
-    found = []
-    for seed in SAMPLING:
-        noise = SampleNoise(seed, range(samples), data.shape, "cpu")
-        with torch.no_grad():
-            drawn = judge(to_uint8(DDIM(steps)(denoiser, noise)))
-        found.append(judge.distances(judge.summary(drawn), reference)[judge.metric])
-    return found
-
-
 def measured(seed: int, steps: int, samples: int, output: Path) -> dict[str, list[float]]:
     """The distances of each row, and under "bce" what the discriminators have learnt."""
     path = output.with_suffix(".json")
@@ -70,7 +52,8 @@ def measured(seed: int, steps: int, samples: int, output: Path) -> dict[str, lis
 
     def tell(name: str, bundle: Bundle, steps: str, guidance: Guidance | None = None) -> None:
         if name not in rows:
-            rows[name] = distances(bundle, steps, samples, guidance)
+            model = guidance(bundle.denoiser) if guidance else bundle.denoiser
+            rows[name] = distances(model, samples, steps)
 
     def model(name: str, steps: int) -> Bundle:
         options = ["--model=Diffusion", f"--seed_everything={seed}"]

@@ -9,11 +9,12 @@ measured before is kept in the output folder and not measured again.
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from curricula import SAMPLING, TRAINING, spread
 from torch import Tensor
 
 from expertdiff.bundle import Expert
@@ -29,7 +30,6 @@ from expertdiff.files import read_json, write_json
 
 CONFIG = Path(__file__).parents[2] / "configs/toys/indm.yaml"
 SETS = {"Moons": Moons(), "Pinwheel": Pinwheel()}
-TRAINING, SAMPLING = (0, 1, 2), (0, 1)
 LIKELIHOODS = 500
 """Held-out points whose likelihood is taken."""
 
@@ -88,19 +88,15 @@ def floor(density: Density, samples: int) -> dict:
     return {"bits": nll(exact, density)} | found
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.3f} ± {stdev(values):.3f}"
-
-
 def row(name: str, result: dict, control: dict) -> str:
     """Mean and standard deviation over training seeds, and the floors."""
     seeds = result["seeds"]
     bits = [mean(seed["bits"]) for seed in seeds]
     apart = [b - mean(seed["bits"]) for b, seed in zip(bits, control["seeds"])]
     cells = [f"{result['steps']:,}", f"{result['seconds']:.0f}"]
-    cells += [spread(bits), spread(apart) if result is not control else ""]
+    cells += [spread(bits, 3), spread(apart, 3) if result is not control else ""]
     for key in ("KL", "reverse KL"):
-        cells.append(spread([mean(drawn[key] for drawn in seed["drawn"]) for seed in seeds]))
+        cells.append(spread([mean(drawn[key] for drawn in seed["drawn"]) for seed in seeds], 3))
         cells.append(f"{mean(stdev(d[key] for d in seed['drawn']) for seed in seeds):.3f}")
     return f"| {name} | {' | '.join(cells)} |"
 
