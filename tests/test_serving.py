@@ -129,12 +129,13 @@ def test_one_expert_is_in_memory_and_the_next_one_down_the_chain_is_coming(tmp_p
     slot, taken = bundle.denoiser.experts[0].slot, []
     name, future = slot._coming
     assert name == "02.safetensors" and future.result()  # since it was loaded
-    read, slot.read = slot.read, lambda name: taken.append(name) or read(name)
+    read, slot.read = slot.read, lambda name, memory: taken.append(name) or read(name, memory)
+    places = {key: value.data_ptr() for key, value in future.result().items()}
     for _ in range(2):
         for t in (950, 900, 500, 200, 150, 50):
             bundle.denoiser(torch.zeros(2, 2), torch.full((2,), t))
             name, future = slot._coming
-            future.result()
+            assert {key: value.data_ptr() for key, value in future.result().items()} == places
     # never one too many, and from the cleanest on the noisiest again
     assert taken == [f"{i:02d}.safetensors" for i in (1, 0, 3, 2, 1, 0, 3)]
 

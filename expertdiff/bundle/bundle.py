@@ -215,12 +215,13 @@ def _lazy_experts(folder: Path, manifest: dict[str, Any]) -> list[Denoiser]:
     entries = {entry["file"]: entry for entry in reversed(manifest["experts"])}
     verified: dict[str, tuple[int, int]] = {}
 
-    def read(file: str) -> dict[str, Tensor]:
+    def read(file: str, memory: dict[str, Tensor]) -> dict[str, Tensor]:
         path = folder / file
         state = path.stat() if path.is_file() else None
         stamp = (state.st_ino, state.st_ctime_ns) if state else None
         if stamp and stamp == verified.get(file):  # verifying takes longer than reading
-            return read_tensors(path)
+            return read_tensors(path, memory)
+        memory.clear()
         weights = read_weights(folder, entries[file])
         check_fit(network, weights, path)
         verified[file] = stamp

@@ -79,8 +79,12 @@ def read_weights(folder: Path, entry: dict[str, Any]) -> dict[str, Tensor]:
     return weights
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The weights of a file in float32; copies, which no later change of the file reaches."""
+def read_tensors(path: Path, memory: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The weights of a file in float32; copies, which no later change of the file reaches.
+
+    They take the places of the tensors in `memory`, if any, which leave it: of the same names and
+    shapes. Memory that is used again costs no page faults.
+    """
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     scales = {name + SCALE for name in names}.intersection(names)
@@ -92,8 +96,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             while names and read < AT_ONCE:
                 if (name := names.pop()) in scales:
                     continue
-                weights[name] = file.get_tensor(name).clone()
-                if name + SCALE in scales:
-                    weights[name] = weights[name] * file.get_tensor(name + SCALE)
-                read += weights[name].nbytes
+                value = file.get_tensor(name)
+                scale = file.get_tensor(name + SCALE) if name + SCALE in scales else None
+                dtype = value.dtype if scale is None else scale.dtype
+                weight = memory.pop(name) if memory else torch.empty(value.shape, dtype=dtype)
+                weight.copy_(value)
+                weights[name] = weight if scale is None else weight.mul_(scale)
+                read += weight.nbytes
     return weights

@@ -17,19 +17,21 @@ class Slot:
     Args:
         denoiser: of the network, whatever its weights are.
         names: of the weights of each interval, cleanest first; intervals may share theirs.
-        read: the weights of a name, on the CPU; called in a thread of its own.
+        read: the weights of a name, on the CPU, which may take the memory of older ones; called in
+            a thread of its own.
     """
 
     def __init__(
         self,
         denoiser: NetworkDenoiser,
         names: Sequence[str],
-        read: Callable[[str], dict[str, Tensor]],
+        read: Callable[[str, dict[str, Tensor]], dict[str, Tensor]],
     ) -> None:
         self.denoiser, self.names, self.read = denoiser, list(names), read
         self._pool = ThreadPoolExecutor(max_workers=1)
         self._held: str | None = None
         self._coming: tuple[str, Future[dict[str, Tensor]]] | None = None
+        self._memory: dict[str, Tensor] = {}  # of the weights that were read last
 
     @torch.no_grad()
     def take(self, i: int) -> None:
@@ -43,7 +45,7 @@ class Slot:
             weights = self._awaited(name)
             self._held = None  # were the copy to fail halfway
             for key, value in self.denoiser.network.state_dict().items():
-                value.copy_(weights.pop(key), non_blocking=True)
+                value.copy_(weights[key])  # waits, since the next are read into the same memory
             self._held = name
         if self._coming is None:
             below = reversed(self.names[i:] + self.names[:i])  # after the cleanest, a new batch
@@ -61,10 +63,12 @@ class Slot:
         return self._pool.submit(self._fetch, name).result()
 
     def _fetch(self, name: str) -> dict[str, Tensor]:
-        weights = self.read(name)
+        memory, self._memory = self._memory, {}
+        weights = self.read(name, memory)
         if next(self.denoiser.network.parameters()).is_cuda:
             for key, value in weights.items():
-                weights[key] = value.pin_memory()  # or the copy would wait for the GPU
+                weights[key] = value.pin_memory()  # which is copied faster
+        self._memory = weights
         return weights
 
 
