@@ -4,8 +4,8 @@ from pathlib import Path
 
 from expertdiff.devices import default_device
 from expertdiff.evaluation.features import FeatureExtractor, named
-from expertdiff.evaluation.images import load_npz
 from expertdiff.files import write_json
+from expertdiff.image_files import load_npz
 
 
 def measure(

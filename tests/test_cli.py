@@ -321,7 +321,7 @@ class TestCheckpoints:
 
 LAYERS = [
     {"seeds", "devices", "describe", "files", "look", "metrics", "cluster", "int8"},
-    {"diffusion", "networks", "checkpoints"},
+    {"diffusion", "networks", "checkpoints", "image_files"},
     {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},
     {"discriminator"},

@@ -24,9 +24,9 @@ from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import CosineBetas, DiscreteVP, LinearBetas
 from expertdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, SampleNoise
 from expertdiff.evaluation.features import Pixels
-from expertdiff.evaluation.images import to_uint8
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.files import read_json, sha256_of, write_json
+from expertdiff.image_files import to_uint8
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.networks.network import Network
 from expertdiff.networks.unet import ADMUNet

@@ -10,7 +10,7 @@ from torch import nn
 
 from expertdiff.bundle import Bundle, Expert
 from expertdiff.cli import main
-from expertdiff.data import Toy2D
+from expertdiff.data import RealAndGenerated, Toy2D
 from expertdiff.data.densities import Gaussians, Moons
 from expertdiff.describe import build, describe
 from expertdiff.diffusion.denoiser import Denoiser
@@ -23,7 +23,6 @@ from expertdiff.diffusion.timesteps import Step, UniformLogSNR
 from expertdiff.discriminator import Discriminator, RoutedLogit
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.loggers import read_metrics
-from expertdiff.methods.discrimination import RealAndGenerated
 from expertdiff.networks.encoder import ImageLogit
 from expertdiff.networks.mlp import MLPLogit
 from expertdiff.seeds import generator

@@ -12,7 +12,7 @@ from expertdiff.describe import build, describe
 from expertdiff.evaluation.cache import cached
 from expertdiff.evaluation.features import FeatureExtractor, Pixels
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
-from expertdiff.evaluation.images import load_npz, save_grid, save_npz, to_uint8
+from expertdiff.image_files import load_npz, save_grid, save_npz, to_uint8
 
 
 class Bomb:

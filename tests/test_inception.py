@@ -21,10 +21,10 @@ from expertdiff.describe import build, describe
 from expertdiff.evaluation import inception as module
 from expertdiff.evaluation.fidelity import inception_score, kernel_distance
 from expertdiff.evaluation.frechet import Statistics
-from expertdiff.evaluation.images import save_npz
 from expertdiff.evaluation.inception import COMPARABLE, Inception, Summary
 from expertdiff.evaluation.judge import Judge
 from expertdiff.evaluation.manifold import adm_float16, euclidean
+from expertdiff.image_files import save_npz
 
 CPU = torch.device("cpu")
 pytestmark = [

@@ -25,8 +25,8 @@ from expertdiff.data.latents.store import Store
 from expertdiff.data.latents.verb import centre_crop
 from expertdiff.describe import build, describe
 from expertdiff.diffusion.samplers import DDIM, SampleNoise
-from expertdiff.evaluation.images import load_npz
 from expertdiff.evaluation.kinds import kind
+from expertdiff.image_files import load_npz
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.verbs import likelihood
 

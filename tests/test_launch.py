@@ -19,7 +19,7 @@ from expertdiff.cli import main
 from expertdiff.diffusion.partition import Partition
 from expertdiff.evaluation.features import Pixels
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
-from expertdiff.evaluation.images import load_npz
+from expertdiff.image_files import load_npz
 from expertdiff.jobs import Job, run
 from expertdiff.metrics import read_metrics
 from expertdiff.report.study import read_study

@@ -19,9 +19,9 @@ from expertdiff.diffusion.samplers import DDIM
 from expertdiff.evaluation import inception as module
 from expertdiff.evaluation.features import FeatureExtractor, Pixels
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
-from expertdiff.evaluation.images import load_npz, save_npz
 from expertdiff.evaluation.inception import COMPARABLE, Inception
 from expertdiff.files import sha256_of, write_json
+from expertdiff.image_files import load_npz, save_npz
 from expertdiff.measure import measure
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.networks.network import Network

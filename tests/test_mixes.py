@@ -12,8 +12,8 @@ from expertdiff.data.images import Digits
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.samplers import DDIM, DPMSolverPP2M, SampleNoise
 from expertdiff.evaluation.features import Pixels
-from expertdiff.evaluation.images import to_uint8
 from expertdiff.expert_cli import ConfigOnly
+from expertdiff.image_files import to_uint8
 from expertdiff.methods.stitched import Evaluation
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from expertdiff.evaluation import reference
-from expertdiff.evaluation.images import save_npz
 from expertdiff.evaluation.inception import Inception, Summary
 from expertdiff.evaluation.reference import read_reference
+from expertdiff.image_files import save_npz
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:left out")

@@ -19,10 +19,10 @@ from expertdiff.callbacks.checkpoint import ExactCheckpoint
 from expertdiff.data.images import Images
 from expertdiff.data.toys import Toy2D
 from expertdiff.diffusion.samplers import SampleNoise
-from expertdiff.evaluation.images import save_grid, to_uint8
 from expertdiff.evaluation.points import limits_of, save_scatters
 from expertdiff.experts.stacked import StackedDenoiser
 from expertdiff.files import write_text
+from expertdiff.image_files import save_grid, to_uint8
 from expertdiff.loggers import JsonLines, log_picture
 from expertdiff.methods.base import Method
 

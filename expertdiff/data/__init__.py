@@ -16,6 +16,7 @@ from expertdiff.data.densities import (
     Spirals,
 )
 from expertdiff.data.folder import ImageFolder
+from expertdiff.data.generated import RealAndGenerated
 from expertdiff.data.imagenet32 import ImageNet32
 from expertdiff.data.images import CIFAR10, Digits, FashionMNIST, Images
 from expertdiff.data.latents import DiffusersKL, Latents, Tiny, latents
@@ -42,6 +43,7 @@ __all__ = [
     "Picture",
     "Pinwheel",
     "PointsFile",
+    "RealAndGenerated",
     "Rings",
     "Spirals",
     "Tiny",

@@ -9,9 +9,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
-from expertdiff.evaluation.images import check_images, load_npz
 from expertdiff.evaluation.judge import Judge, Reference
 from expertdiff.files import sha256_of
+from expertdiff.image_files import check_images, load_npz
 
 BATCH = 100
 """Images whose features are computed at a time."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from expertdiff.describe import Described, build
 from expertdiff.diffusion.samplers import DDIM, DDPM, Sampler
-from expertdiff.evaluation.images import save_grid, save_npz, to_uint8
 from expertdiff.evaluation.points import save_points, save_scatter
+from expertdiff.image_files import save_grid, save_npz, to_uint8
 
 
 class Kind(ABC):

@@ -9,7 +9,7 @@ from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.partition import Interval
 from expertdiff.diffusion.process import ContinuousProcess, DiscreteVP
 from expertdiff.diffusion.samplers import SampleNoise
-from expertdiff.evaluation.images import check_images
+from expertdiff.image_files import check_images
 from expertdiff.seeds import generator
 
 GRID = 200

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from expertdiff.evaluation.frechet import Statistics
-from expertdiff.evaluation.images import images_of, read_arrays
+from expertdiff.image_files import images_of, read_arrays
 
 POOL, SPATIAL = 2048, 2023
 """Dimensions of pool_3, and of the spatial features of sFID."""

@@ -28,9 +28,9 @@ from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.samplers import CAS, DDIM, DDPM, SampleNoise, Sampler
 from expertdiff.evaluation.cloud import PointCloud
 from expertdiff.evaluation.features import Pixels
-from expertdiff.evaluation.images import to_uint8
 from expertdiff.evaluation.points import mode_coverage
 from expertdiff.files import read_json, write_json
+from expertdiff.image_files import to_uint8
 from expertdiff.methods.adversarial import relations
 from expertdiff.networks.mlp import Residual
 from expertdiff.networks.network import Network

@@ -24,8 +24,8 @@ from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import CosineBetas, DiscreteVP
 from expertdiff.diffusion.samplers import DDIM, SampleNoise
 from expertdiff.evaluation.features import Pixels
-from expertdiff.evaluation.images import to_uint8
 from expertdiff.files import read_json, write_json
+from expertdiff.image_files import to_uint8
 from expertdiff.networks.mlp import Residual
 from expertdiff.networks.network import Network
 

@@ -20,7 +20,7 @@ def check_images(images: Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"images of {images.dtype} {list(images.shape)} given where uint8 [N, 1 or 3, H, W] is "
-            "needed: convert [-1, 1] with expertdiff.evaluation.images.to_uint8"
+            "needed: convert [-1, 1] with expertdiff.image_files.to_uint8"
         )
 
 
