@@ -10,7 +10,7 @@ from expertdiff.analysis.mixes import Mixer, Walk
 from expertdiff.bundle import Bundle
 from expertdiff.data.images import Digits
 from expertdiff.diffusion.partition import Partition
-from expertdiff.diffusion.samplers import DDIM, DPMSolverPP2M, SampleNoise
+from expertdiff.diffusion.samplers import DDIM, DPMSolverPP2M, Heun, SampleNoise
 from expertdiff.evaluation.features import Pixels
 from expertdiff.expert_cli import ConfigOnly
 from expertdiff.image_files import to_uint8
@@ -45,7 +45,10 @@ def mixes_of(study):
     }
 
 
-@pytest.mark.parametrize("sampler", [DDIM(8), DDIM(8, eta=1.0), DPMSolverPP2M(8, restart=True)])
+SAMPLERS = [DDIM(8), DDIM(8, eta=1.0), DPMSolverPP2M(8, restart=True), Heun(8)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_samples_are_those_of_the_stitched_bundle(study, tmp_path, mixer, sampler):
     ours = mixer(sampler)
     mixes = mixes_of(study)
@@ -59,7 +62,7 @@ def test_samples_are_those_of_the_stitched_bundle(study, tmp_path, mixer, sample
         assert torch.equal(found[name], to_uint8(sampler(bundle.denoiser, noise)))
 
 
-@pytest.mark.parametrize("sampler", [DDIM(38), DPMSolverPP2M(10, restart=True)])
+@pytest.mark.parametrize("sampler", [DDIM(38), DPMSolverPP2M(10, restart=True), Heun(9)])
 def test_edges_between_any_steps(study, tmp_path, mixer, sampler):
     """One interval holds no step, and one edge lies where a float32 t would be the neighbour's."""
     ours, paths = mixer(sampler), [study / "baseline", study / "baseline", study / "expert-2"]

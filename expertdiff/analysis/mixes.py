@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from expertdiff.bundle import Expert, check_together, classes_of
 from expertdiff.data.base import Data
 from expertdiff.describe import describe
 from expertdiff.devices import default_device
-from expertdiff.diffusion.denoiser import Denoiser
+from expertdiff.diffusion.denoiser import Denoiser, Prediction
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.samplers import SampleNoise, State
 from expertdiff.evaluation.cache import digest_of
 from expertdiff.evaluation.kinds import kind
+from expertdiff.experts.routed import RoutedExperts
 from expertdiff.files import read_json, write_json
 from expertdiff.methods.stitched import Evaluation, sample_labels
 from expertdiff.networks.flow import of_flow
@@ -151,6 +152,32 @@ class Mixer:
         }
 
 
+class Stretch(Denoiser):
+    """An expert on one interval of a chain, as a stitched model has it there.
+
+    Args:
+        expert: who acts.
+        partition: where samplers are told that there is a border.
+        ahead: who is asked by a sampler that looks ahead.
+    """
+
+    def __init__(self, expert: Denoiser, partition: Partition, ahead: Denoiser) -> None:
+        super().__init__()
+        self.expert, self.partition, self.process = expert, partition, expert.process
+        self._ahead = ahead
+
+    @property
+    def ahead(self) -> Denoiser:
+        return self._ahead
+
+    @property
+    def flow(self) -> nn.Module | None:
+        return self.expert.flow
+
+    def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
+        return self.expert(x_t, t, y)
+
+
 class Walk:
     """One batch of samples through all models of a tree.
 
@@ -164,21 +191,19 @@ class Walk:
     def __init__(
         self, mixer: Mixer, denoisers: dict[Path, Denoiser], seed: int, index: list[int]
     ) -> None:
-        self.mixer, self.denoisers = mixer, denoisers
-        self.own = {path: denoiser.partition for path, denoiser in denoisers.items()}
+        self.denoisers, self.partition = denoisers, mixer.partition
+        self.sampler, self.low = mixer.evaluation.sampler, LOW.get(mixer.precision)
         identity = next(iter(mixer._experts.values())).identity
         self.kind = kind(identity["data"])
         self.noise = SampleNoise(seed, index, identity["data"]["shape"], mixer.device)
-        classes = classes_of(next(iter(denoisers.values())))
-        self.labels = sample_labels(classes, seed, index, mixer.device)
+        first = next(iter(denoisers.values()))
+        self.labels = sample_labels(classes_of(first), seed, index, mixer.device)
+        visited = first.process.progress(self.sampler.visited(first.process))
+        self.owners: list[int] = self.partition.index(visited).tolist()  # of each step
 
     def samples(self, mixes: dict[str, Mix]) -> list[tuple[str, Tensor]]:
         """The finished samples of every model."""
-        try:
-            return self._below(len(self.mixer.partition) - 1, mixes, None, None)
-        finally:
-            for path, denoiser in self.denoisers.items():
-                denoiser.partition = self.own[path]
+        return self._below(self.owners[0], mixes, None, None)
 
     def _below(
         self, level: int, mixes: dict[str, Mix], start: State | None, above: Path | None
@@ -187,26 +212,35 @@ class Walk:
         if level < 0:
             samples = self.kind.finished(start.x_t)
             return [(key, samples) for key in mixes]
-        ordered = sorted(mixes.items(), key=lambda item: str(item[1][level]))
+        # No step may fall into an interval.
+        following = max((owner for owner in self.owners if owner < level), default=-1)
+
+        def who(mix: Mix) -> tuple[Path, Path]:
+            """Whose steps these are, and of what lies below who has a say in them."""
+            looks = self.sampler.looks_ahead and following >= 0
+            return mix[level], mix[following] if looks else mix[level]
+
+        ordered = sorted(mixes.items(), key=lambda item: tuple(map(str, who(item[1]))))
         found = []
-        for path, group in groupby(ordered, key=lambda item: item[1][level]):
-            denoiser = self.denoisers[path]
-            # Where another expert takes over, samplers are told that there is a border.
-            border = Partition([0, 1]) if path == above else self.mixer.partition
-            denoiser.partition = Partition(sorted({*border.edges, *self.own[path].edges}))
+        for (path, below), group in groupby(ordered, key=lambda item: who(item[1])):
+            denoiser = self._stretch(level, path, above, below)
             state = self._through(level, denoiser, start)
-            acted = start is None or state.k > start.k  # no step may fall into an interval
-            found += self._below(level - 1, dict(group), state, path if acted else above)
+            found += self._below(following, dict(group), state, path)
         return found
+
+    def _stretch(self, level: int, path: Path, above: Path | None, below: Path) -> Denoiser:
+        own, n = self.denoisers[path], len(self.partition)
+        # Where another expert takes over, samplers are told that there is a border.
+        border = Partition([0, 1]) if path == above else self.partition
+        edges = Partition(sorted({*border.edges, *own.partition.edges}))
+        ahead = [self.denoisers[below].ahead] * level + [own.ahead] * (n - level)
+        return Stretch(own, edges, RoutedExperts(ahead, self.partition))
 
     def _through(self, level: int, denoiser: Denoiser, start: State | None) -> State:
         """The first state below interval `level`, or the samples."""
-        mixer = self.mixer
-        sampler, process = mixer.evaluation.sampler, denoiser.process
-        owners = mixer.partition.index(process.progress(sampler.visited(process))).tolist()
-        low = LOW.get(mixer.precision)
-        with torch.autocast(mixer.device.type, low, enabled=low is not None):
-            for state in sampler.trajectory(denoiser, self.noise, self.labels, start):
-                if state.k == len(owners) or owners[state.k] < level:
+        device = self.noise.device
+        with torch.autocast(device.type, self.low, enabled=self.low is not None):
+            for state in self.sampler.trajectory(denoiser, self.noise, self.labels, start):
+                if state.k == len(self.owners) or self.owners[state.k] < level:
                     break
         return state

@@ -131,6 +131,9 @@ class Sampler(Described, ABC):
     multistep = False
     """Whether a step looks at the prediction of the step before."""
 
+    looks_ahead = False
+    """Whether a step asks for the prediction at its end, which another expert may own."""
+
     def __init__(self, steps: int | str | None = None, clip: bool = True) -> None:
         self.steps, self.clip = steps, clip
 
@@ -303,6 +306,8 @@ class Heun(Sampler):
         steps: see `Sampler`.
         clip: see `Sampler`.
     """
+
+    looks_ahead = True
 
     def __init__(self, steps: int | str | None = 18, clip: bool = True) -> None:
         super().__init__(steps, clip)
