@@ -12,6 +12,8 @@ from expertdiff.expert_cli import ConfigOnly, Parser, classes_for
 from expertdiff.files import read_json
 from expertdiff.launch import Plan, launch, plan, submit
 from expertdiff.methods.discrimination import Discrimination
+from expertdiff.methods.mdm import MDM
+from expertdiff.studies.trained import print_rows, write_rows
 
 
 def launch_study(args: Sequence[str]) -> None:
@@ -46,7 +48,14 @@ def launch_study(args: Sequence[str]) -> None:
         raise ValueError("--dry-run prints what --slurm would submit: give both")
     if ours.partition:
         rest += ["--model.partition.edges", str(edges_of(ours.partition))]
-    planned = plan_config(ConfigOnly([*layers(ours.config), *rest]), ours.parallel)
+    cli = ConfigOnly([*layers(ours.config), *rest])
+    own = cli.model.denoiser.partition
+    if ours.partition and len(own) > 1 and own != cli.model.partition:
+        raise ValueError(
+            f"the network has intervals of its own, {own}, which --partition does not set: name "
+            "them there (of MultiStage: --model.network.partition.edges)"
+        )
+    planned = plan_config(cli, ours.parallel)
     if ours.slurm:
         submit(planned, ours.slurm, ours.parallel, ours.dry_run)
     else:
@@ -141,6 +150,11 @@ def intervals(args: Sequence[str]) -> None:
     )  # fmt: skip
     ours, rest = parser.parse_known_args(args)
     cli = ConfigOnly([*layers(ours.config), *rest])
+    if ours.train and not isinstance(cli.model, MDM):
+        raise ValueError(
+            f"--train compares experts that were trained on each choice, and "
+            f"{type(cli.model).__name__} trains none: name a configuration of MDM"
+        )
     output = ours.output or cli.study.folder / "intervals"
     bundle = Bundle.load(ours.bundle) if ours.bundle else None
     methods = [ours.method] if ours.method else every()
@@ -159,7 +173,7 @@ def method_of(text: str) -> IntervalMethod:
 def compare_choices(
     found: Sequence[Selection], rest: list[str], ours: argparse.Namespace, output: Path
 ) -> None:
-    """Launches a short study of equal budget with each choice; prints their distances."""
+    """Launches a short study of equal budget with each choice; tells their distances."""
     clis = []
     for choice in found:
         options = {
@@ -176,10 +190,13 @@ def compare_choices(
     for cli in clis:
         launch(plan_config(cli, ours.parallel), ours.parallel)
     folders = [cli.study.folder for cli in clis]
-    first = read_json(folders[0] / "tests/baseline/metrics.json")
-    results = [("baseline", first)]
-    results += [(f.name, read_json(f / "tests/stitched/metrics.json")) for f in folders]
-    print(f"\n{'intervals':<24}{first['metric']}")
-    for name, result in results:
-        spread = "" if result["std"] is None else f" ± {result['std']:.4g}"
-        print(f"{name:<24}{result['mean']:.4g}{spread}")
+    tests = {"baseline": folders[0] / "tests/baseline"}
+    tests |= {folder.name: folder / "tests/stitched" for folder in folders}
+    rows = []
+    for name, test in tests.items():
+        told = read_json(test / "metrics.json")
+        rows.append({"intervals": name, told["metric"]: told["mean"], "std": told["std"]})
+    write_rows(rows, output / "trained.csv")
+    print()
+    print_rows(rows, list(rows[0]))
+    print(f"table: {output / 'trained.csv'}")

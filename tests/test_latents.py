@@ -369,6 +369,14 @@ def test_a_folder_of_something_else_is_left_alone(made, pictures, weights, tmp_p
     assert contents(folder) == before and not (pictures / "plan.json").exists()
 
 
+def test_pictures_that_have_changed_are_others(made, pictures, weights, tmp_path):
+    folder = shutil.copytree(made, tmp_path / "a")
+    changed = shutil.copytree(pictures, tmp_path / "pictures")
+    Image.new("RGB", (SIZE, SIZE)).save(changed / "train/cat/0.png")
+    with pytest.raises(ValueError, match="a holds other latents"):
+        make(changed, folder, weights)
+
+
 def test_bad_arguments(pictures, weights, tmp_path):
     with pytest.raises(ValueError, match="image_size 0 and batch_size 3 must be at least 1"):
         latents(pictures, tmp_path / "a", DiffusersKL(weights / "kl"), 0, 3)

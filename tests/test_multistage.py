@@ -295,3 +295,9 @@ def test_refused_in_one_sentence(tmp_path, capsys):
     assert "give one width an interval" in capsys.readouterr().err
     assert fit(tmp_path, "--model.seeds=[0,1]") == 2
     assert "train one seed a job" in capsys.readouterr().err
+    (tmp_path / "cut.json").write_text('{"edges": [0, 0.2, 0.5, 1]}')
+    config = f"--config={ROOT / 'configs/toys/multistage.yaml'}"
+    assert main(["launch", config, f"--partition={tmp_path / 'cut.json'}"]) == 2
+    assert "which --partition does not set: name them there" in capsys.readouterr().err
+    assert main(["intervals", config, "--train=60", f"--output={tmp_path}"]) == 2
+    assert "Diffusion trains none: name a configuration of MDM" in capsys.readouterr().err

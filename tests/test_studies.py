@@ -411,8 +411,12 @@ def test_intervals_are_chosen_and_compared(tmp_path, capsys):
     assert main([*base, *options]) == 0
     edges = edges_of(tmp_path / "out/intervals.json")
     assert len(edges) == 3 and read_json(tmp_path / "out/LogSNR/study.json")["partition"] == edges
-    table = capsys.readouterr().out.rpartition("intervals  ")[2]
-    assert "baseline" in table and "LogSNR" in table
+    with open(tmp_path / "out/trained.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["intervals"] for row in rows] == ["baseline", "LogSNR"]
+    told = read_json(tmp_path / "out/LogSNR/tests/stitched/metrics.json")
+    assert float(rows[1][told["metric"]]) == told["mean"]
+    assert capsys.readouterr().out.endswith(f"table: {tmp_path}/out/trained.csv\n")
 
 
 def test_a_file_of_many_methods_is_no_partition(tmp_path, capsys):

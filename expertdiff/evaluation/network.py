@@ -32,7 +32,7 @@ def download() -> Path:
 
 
 def load_network(path: Path) -> nn.Module:
-    """The Inception of a weights file, folded for inference: on a CPU about 1.8 times as fast.
+    """The Inception of a weights file, folded for inference: on a CPU about 1.5 times as fast.
 
     Its classifier `fc` is all zeros where the file has none.
 

@@ -37,17 +37,18 @@ class Network(Described, nn.Module, ABC):
         """Looks whether this is a state dict of its own kind.
 
         Raises:
-            ValueError: a key is missing or left over, or a tensor of another shape; the first one
-                is named.
+            ValueError: a tensor is of another shape, missing or left over; the first one is named,
+                with its shapes.
         """
-        expected = self.state_dict()
-        for key in sorted(expected.keys() ^ weights.keys()):
-            raise ValueError(f"{key} is only in one of them")
-        for key, value in expected.items():
-            if weights[key].shape != value.shape:
-                raise ValueError(
-                    f"{key} is {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
-                )
+        shapes = {key: tuple(value.shape) for key, value in self.state_dict().items()}
+        found = {key: tuple(value.shape) for key, value in weights.items()}
+        for key in shapes:
+            if key in found and found[key] != shapes[key]:
+                raise ValueError(f"{key} is {found[key]} instead of {shapes[key]}")
+        for key in sorted(shapes.keys() - found.keys()):
+            raise ValueError(f"{key} {shapes[key]} is missing")
+        for key in sorted(found.keys() - shapes.keys()):
+            raise ValueError(f"{key} {found[key]} is left over")
 
     def start_from(self, weights: Mapping[str, Tensor]) -> None:
         """Begins to train where these weights stand; raises as `load`."""

@@ -1,6 +1,7 @@
 """The verb that encodes pictures once, so that a latent model trains without its autoencoder."""
 
 import hashlib
+import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -119,8 +120,10 @@ class Pictures:
         found = data.pictures[name]
         ordered = [found[i] for i in permutation(len(found), "folder")]
         labels = np.array([data.label_of(picture) for picture in ordered], np.int64)
-        names = "\n".join(path.relative_to(data.root).as_posix() for path, _ in ordered)
-        digest = hashlib.sha256(names.encode()).hexdigest()
+        # Not the pixels, which would be read twice: a picture that changed nearly always has
+        # another length.
+        known = [[p.relative_to(data.root).as_posix(), p.stat().st_size] for p, _ in ordered]
+        digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()
         return cls(labels, digest, lambda i: upright(ordered[i][0], 3))
 
     def facts(self) -> dict[str, Any]:
