@@ -37,15 +37,19 @@ def test_a_test_does_not_depend_on_the_number_of_ranks(study, tmp_path):
 
 
 def test_two_ranks_train_one_model(tmp_path):
-    expertdiff("fit", *TINY, f"--study.root={tmp_path}", "--trainer.max_steps=8", *TWO)
+    options = ["fit", *TINY, "--model.timesteps=LossSecondMoment", *TWO]
+    expertdiff(*options, f"--study.root={tmp_path}", "--trainer.max_steps=8")
     job = tmp_path / "tiny" / "expert-0"
     content = checkpoints.load(checkpoints.newest(job / "checkpoints"))
     assert content[checkpoints.IDENTITY]["devices"] == 2
     assert json.loads((job / "done.json").read_text())["devices"] == 2
+    # each has told the other the losses of its batch
+    batch = ConfigOnly(TINY).datamodule.batch_size
+    assert content["state_dict"]["timesteps.told"].sum() == 8 * 2 * batch
     # interrupted and resumed, they are the same bits
     root = f"--study.root={tmp_path / 'halves'}"
-    expertdiff("fit", *TINY, root, "--trainer.max_steps=4", *TWO)
-    expertdiff("fit", *TINY, root, "--trainer.max_steps=8", *TWO)
+    expertdiff(*options, root, "--trainer.max_steps=4")
+    expertdiff(*options, root, "--trainer.max_steps=8")
     again = checkpoints.load(
         checkpoints.newest(tmp_path / "halves" / "tiny" / "expert-0" / "checkpoints")
     )
