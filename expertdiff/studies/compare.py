@@ -45,7 +45,7 @@ def compare(
         samples: of each model and sampling seed; by default as the first was launched.
         seeds: of sampling, as ``[0,1,2]``.
         rule: when a curve counts as converged, in units of the metric.
-        measure: cost in ``iterations`` or in measured ``seconds``.
+        measure: cost in ``iterations``, which know no devices, or in measured ``seconds``.
         output: folder of ``table.csv``, ``milestones.csv`` and ``figure.png``; by default
             ``<first study>/compare``.
     """
