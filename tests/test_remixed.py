@@ -12,9 +12,11 @@ from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import DiscreteVP, LinearBetas
 from expertdiff.diffusion.samplers import DDPM, SampleNoise
 from expertdiff.experts.gated import GatedExperts
+from expertdiff.experts.mixed import Mixed
 from expertdiff.experts.remixed import Coefficients, OneHot, Raw, RemixDiT, Remixed, Softmax
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.experts.stacked import stack
+from expertdiff.memory import SMALL, Memory
 from expertdiff.networks.dit import DiT
 from expertdiff.networks.mlp import MLPDenoiser
 from expertdiff.networks.network import Network
@@ -202,6 +204,41 @@ def test_outputs_and_gradients_are_those_of_weights_mixed_by_hand():
     table = network.coefficients.weight.grad
     assert torch.allclose(table[14], alpha * slope, atol=1e-6) and slope.abs().max() > 1e-4
     assert table[[i for i in range(20) if i != 14]].abs().max() == 0
+
+
+@pytest.mark.parametrize("frozen", [None, 0, 1], ids=["", "alpha", "stack"])
+def test_derivatives_of_the_mixture(frozen):
+    inputs = [torch.randn(3, dtype=torch.double), torch.randn(3, 2, 5, dtype=torch.double)]
+    for i, x in enumerate(inputs):
+        x.requires_grad_(i != frozen)
+    assert torch.autograd.gradcheck(lambda *xs: Mixed.apply(*xs, torch.double, Memory()), inputs)
+
+
+def test_steps_share_memory_and_what_is_kept_of_one_is_not_written_over():
+    network, (x_t, _, y) = remixed(plain=dit(size=(1, 192, 2))), inputs()
+    stacks = [stack for stack in network.stacks().values() if 4 * stack.numel() > SMALL]
+
+    def step(*experts):
+        network.zero_grad()
+        t = torch.tensor([50 * expert for expert in experts]).repeat(12 // len(experts))
+        network(x_t, t, y).square().mean().backward()
+        return [stack.grad for stack in stacks]
+
+    def places():
+        return {stack.grad.data_ptr() for stack in stacks}
+
+    held = step(3)
+    copied, before = [x.clone() for x in held], places()
+    step(4, 5, 4, 9)
+    assert not places() & before
+    assert all(torch.equal(x, y) for x, y in zip(held, copied))
+    del held
+    network.zero_grad()
+    again, now = step(3), places()
+    assert all(torch.equal(x, y) for x, y in zip(again, copied))
+    del again
+    step(3)
+    assert places() == now
 
 
 def test_blocks_that_are_recomputed_have_the_same_gradients():

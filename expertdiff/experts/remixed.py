@@ -11,7 +11,9 @@ from torch.nn.functional import log_softmax
 
 from expertdiff.describe import Described, build, describe
 from expertdiff.diffusion.partition import Partition
+from expertdiff.experts.mixed import Mixed
 from expertdiff.experts.routed import by_owner, owner_of
+from expertdiff.memory import Memory
 from expertdiff.networks.dit import DiT
 from expertdiff.networks.network import Network
 
@@ -169,6 +171,7 @@ class Remixed(Network):
         self.partition = Partition([n / experts for n in range(experts + 1)])
         self.active: int | None = None
         self._kept: tuple[object, dict[str, Tensor]] | None = None
+        self._memory = Memory()
 
         plain = build(describe(network), Network)
         block_of = _mixed_parameters(plain, mixed)
@@ -239,13 +242,14 @@ class Remixed(Network):
         Sums are in float32; those named by `cast` are then in autocast's type, if it is on.
         """
         dtype, device = self._dtype(), self.coefficients.weight.device
+        # A step's weights and gradients make room for those of the next; others are to be kept.
+        memory = self._memory if torch.is_grad_enabled() else Memory()
         weights = {}
         with torch.autocast(device.type, enabled=False):
             alpha = self.coefficients.of(expert).unbind()
             for name, stack in self.stacks().items():
-                # A product a parameter: all in one would be a huge outer product going backward.
-                weight = torch.tensordot(alpha[self._table_of[name]], stack, dims=1)
-                weights[name] = weight.to(dtype) if name.endswith(self.cast) else weight
+                to = dtype if name.endswith(self.cast) else stack.dtype
+                weights[name] = Mixed.apply(alpha[self._table_of[name]], stack, to, memory)
         return weights
 
     def _dtype(self) -> torch.dtype:

@@ -20,7 +20,12 @@ def fit_step(
     one like it. `trainer` is what else the method asks its trainer for.
     """
     module._trainer = trainer = SimpleNamespace(
-        global_step=0, global_rank=0, accumulate_grad_batches=1, **trainer
+        global_step=0,
+        max_steps=10**5,
+        global_rank=0,
+        world_size=1,
+        accumulate_grad_batches=1,
+        **trainer,
     )
     optimizer = make(module.parameter_groups())
     ema = EMA()

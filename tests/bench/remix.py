@@ -3,12 +3,13 @@
 ``python tests/bench/remix.py`` times a training step (bf16, fused AdamW, average and all), the
 mixing alone against the plain way (multiply and sum in every layer), and a respaced chain. The bars
 are 1.08 for a step at batch 64, 1.04 at 256, 2 for the mixing and 1.02 for 250 steps. A plain copy
-of the bytes that any exact mixing must move tells how much there is to gain. On a CPU the mixing
-drowns in page faults, unless ``MALLOC_TRIM_THRESHOLD_=8589934592`` and ``MALLOC_MMAP_MAX_=0`` let
-the process keep its memory, as it does on a GPU.
+of the bytes that any exact mixing must move tells how much there is to gain. On a CPU, much of the
+time of multiply and sum is page faults; with ``MALLOC_TRIM_THRESHOLD_=8589934592`` and
+``MALLOC_MMAP_MAX_=0`` the process keeps its memory, as it does on a GPU.
 """
 
 import argparse
+import copy
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +34,7 @@ from expertdiff.methods.single import Diffusion
 from expertdiff.networks.dit import DiT
 
 GIB = 2**30
+Mix = Callable[[RemixDiT, int], dict[str, Tensor]]
 
 
 def training(cls: type[Method], network: torch.nn.Module, batch: Batch) -> Callable[[], None]:
@@ -47,33 +49,46 @@ def training(cls: type[Method], network: torch.nn.Module, batch: Batch) -> Calla
     ).to(batch.x0.device)
     make = partial(torch.optim.AdamW, lr=2e-5, weight_decay=0, fused=True)
     data = SimpleNamespace(batch_size=len(batch.x0), split=lambda name: (batch.x0, batch.y))
-    return fit_step(module, make, batch, world_size=1, max_steps=10**5, datamodule=data)
+    return fit_step(module, make, batch, datamodule=data)
 
 
-def mixing(network: RemixDiT, by_hand: bool, backward: bool) -> Callable[[], None]:
-    """One expert's weights in bf16, and perhaps back to the gradients of bases and logits."""
-    gradients = {
-        name: torch.randn_like(stack[0], dtype=torch.bfloat16 if stack.ndim > 2 else None)
-        for name, stack in network.stacks().items()
-    }
+def multiplied_and_summed(network: RemixDiT, expert: int) -> dict[str, Tensor]:
+    """What `RemixDiT.mix` gives, the plain way."""
+    weights = {}
+    for name, stack in network.stacks().items():
+        alpha = network.coefficients.of(expert)[0]  # in every layer
+        total = (stack * alpha.view(-1, *[1] * (stack.ndim - 1))).sum(0)
+        weights[name] = total.bfloat16() if name.endswith(network.cast) else total
+    return weights
 
-    def multiplied_and_summed(expert: int) -> dict[str, Tensor]:
-        weights = {}
-        for name, stack in network.stacks().items():
-            alpha = network.coefficients.of(expert)[0]  # in every layer
-            total = (stack * alpha.view(-1, *[1] * (stack.ndim - 1))).sum(0)
-            weights[name] = total.to(gradients[name].dtype)
-        return weights
+
+def mixing(network: RemixDiT, mix: Mix, backward: bool) -> Callable[[], None]:
+    """One expert's weights as in training, and perhaps back to gradients of bases and logits."""
+    autocast = torch.autocast(network.coefficients.weight.device.type, torch.bfloat16)
+    with autocast:
+        gradients = [torch.randn_like(weight) for weight in network.mix(7).values()]
 
     def step() -> None:
         network.zero_grad()
-        device = network.coefficients.weight.device.type
-        with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(backward):
-            weights = multiplied_and_summed(7) if by_hand else network.mix(7)
+        with autocast:
+            weights = mix(network, 7)
         if backward:
-            torch.autograd.backward(list(weights.values()), [gradients[name] for name in weights])
+            torch.autograd.backward(list(weights.values()), gradients)
 
     return step
+
+
+def mixing_in_a_chain(network: RemixDiT, mix: Mix, calls: int) -> Callable[[], None]:
+    """The weights for each call of a chain, from noise to data."""
+    experts = [call * len(network.partition) // calls for call in reversed(range(calls))]
+
+    @torch.no_grad()
+    def draw() -> None:
+        with torch.autocast(network.coefficients.weight.device.type, torch.bfloat16):
+            for expert in experts:
+                mix(network, expert)
+
+    return draw
 
 
 def copying(network: RemixDiT, backward: bool) -> Callable[[], None]:
@@ -146,13 +161,15 @@ def main() -> None:
     plain = DiT(size=args.size).to(device)
     mixed = RemixDiT(plain, bases=args.bases, experts=args.experts).to(device)
     print(f"training state: DiT {memory(plain):.2f} GiB, Remix {memory(mixed):.2f} GiB")
+    twin = copy.deepcopy(mixed)  # since each way has to free the gradients of its own last step
     for title, backward in (("mixing", False), ("mixing, forward and backward", True)):
         ways = {
-            "ours": mixing(mixed, False, backward),
-            "multiply and sum": mixing(mixed, True, backward),
+            "ours": mixing(mixed, RemixDiT.mix, backward),
+            "multiply and sum": mixing(twin, multiplied_and_summed, backward),
             "a copy of as many bytes": copying(mixed, backward),
         }
-        compare(title, ways, 10, device)
+        compare(title, ways, 20, device)
+    del twin
     mixed.zero_grad()
     if args.steps:
         y = torch.randint(1000, (args.batch,), device=device)
@@ -166,6 +183,11 @@ def main() -> None:
             for name, network in (("DiT", plain), ("Remix", mixed))
         }
         compare(f"{args.calls} calls on {args.images} latents", ways, args.chains, device)
+        ways = {
+            "ours": mixing_in_a_chain(mixed, RemixDiT._weights, args.calls),
+            "multiply and sum": mixing_in_a_chain(mixed, multiplied_and_summed, args.calls),
+        }
+        compare(f"mixing for {args.calls} calls", ways, args.chains, device)
 
 
 if __name__ == "__main__":
