@@ -206,12 +206,20 @@ def test_outputs_and_gradients_are_those_of_weights_mixed_by_hand():
     assert table[[i for i in range(20) if i != 14]].abs().max() == 0
 
 
-@pytest.mark.parametrize("frozen", [None, 0, 1], ids=["", "alpha", "stack"])
+@pytest.mark.parametrize("frozen", [None, 0, 1], ids=["", "alpha", "a stack"])
 def test_derivatives_of_the_mixture(frozen):
-    inputs = [torch.randn(3, dtype=torch.double), torch.randn(3, 2, 5, dtype=torch.double)]
+    shapes = [(3,), (3, 2, 5), (3, 4), (3, 1)]
+    inputs = [torch.randn(shape, dtype=torch.double) for shape in shapes]
     for i, x in enumerate(inputs):
         x.requires_grad_(i != frozen)
-    assert torch.autograd.gradcheck(lambda *xs: Mixed.apply(*xs, torch.double, Memory()), inputs)
+
+    def mixed(alpha, *stacks):
+        weights = Mixed.apply(alpha, Memory(), [torch.double] * 3, *stacks)
+        return weights[:2]  # one is not used
+
+    assert torch.autograd.gradcheck(mixed, inputs)
+    for weight, bases in zip(mixed(*inputs), inputs[1:]):
+        assert torch.allclose(weight, torch.tensordot(inputs[0], bases, dims=1))
 
 
 def test_steps_share_memory_and_what_is_kept_of_one_is_not_written_over():

@@ -188,9 +188,11 @@ class Remixed(Network):
             self._places[name] = (plain.get_submodule(path), leaf)
             self._places[name][0].register_parameter(leaf, stack)
         self._adopt(plain)
-        blocks = list(dict.fromkeys(block_of.values()))
+        blocks: dict[str, list[str]] = {}
+        for name, block in block_of.items():
+            blocks.setdefault(block, []).append(name)
         local = scope == "local"
-        self._table_of = {name: blocks.index(b) if local else 0 for name, b in block_of.items()}
+        self._blocks = [(i if local else 0, names) for i, names in enumerate(blocks.values())]
         tables = len(blocks) if local else None
         self.coefficients = Coefficients(experts, bases, tables, mixer or Softmax())
 
@@ -236,20 +238,20 @@ class Remixed(Network):
             self._kept = (now, self.mix(expert))
         return self._kept[1]
 
-    def mix(self, expert: int) -> dict[str, Tensor]:
+    def mix(self, expert: int, memory: Memory | None = None) -> dict[str, Tensor]:
         """The mixed parameters of an expert by their plain names.
 
-        Sums are in float32; those named by `cast` are then in autocast's type, if it is on.
+        Sums are in float32; those named by `cast` are then in autocast's type, if it is on. They
+        lie in `memory`, by default in that of earlier ones that are gone.
         """
-        dtype, device = self._dtype(), self.coefficients.weight.device
-        # A step's weights and gradients make room for those of the next; others are to be kept.
-        memory = self._memory if torch.is_grad_enabled() else Memory()
-        weights = {}
-        with torch.autocast(device.type, enabled=False):
-            alpha = self.coefficients.of(expert).unbind()
-            for name, stack in self.stacks().items():
-                to = dtype if name.endswith(self.cast) else stack.dtype
-                weights[name] = Mixed.apply(alpha[self._table_of[name]], stack, to, memory)
+        dtype, memory = self._dtype(), memory or self._memory
+        stacks, weights = self.stacks(), {}
+        with torch.autocast(self.coefficients.weight.device.type, enabled=False):
+            alpha = self.coefficients.of(expert)
+            for table, names in self._blocks:
+                own = [stacks[name] for name in names]
+                types = [dtype if n.endswith(self.cast) else x.dtype for n, x in zip(names, own)]
+                weights |= zip(names, Mixed.apply(alpha[table], memory, types, *own))
         return weights
 
     def _dtype(self) -> torch.dtype:
@@ -276,7 +278,7 @@ class Remixed(Network):
     def expert(self, i: int) -> dict[str, Tensor]:
         """The state dict of a plain network that is expert `i`."""
         with torch.autocast(self.coefficients.weight.device.type, enabled=False):
-            weights = self.state_dict() | self.mix(i)
+            weights = self.state_dict() | self.mix(i, Memory())  # which is kept by nobody else
         del weights[TABLE]
         return weights
 
