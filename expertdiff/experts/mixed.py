@@ -48,7 +48,7 @@ class Mixed(Function):
                     slope += _dots(stack, gradient)
                 if learns:
                     of_stack = ctx.memory.empty(stack.shape, stack.dtype, stack.device)
-                    torch.outer(alpha, gradient, out=of_stack.flatten(1))
+                    torch.outer(alpha, gradient, out=of_stack.view(len(alpha), -1))
             of_stacks.append(of_stack)
         return slope, None, None, *of_stacks
 
@@ -60,7 +60,7 @@ class Mixed(Function):
 def _sum(alpha: Tensor, stack: Tensor, out: Tensor) -> None:
     """sum_k alpha_k stack_k into `out`."""
     if stack.device.type != "cpu":
-        torch.mv(stack.flatten(1).T, alpha, out=out.view(-1))
+        torch.mv(stack.view(len(alpha), -1).T, alpha, out=out.view(-1))
         return
     torch.mul(stack[0], alpha[0], out=out)
     for a, basis in zip(alpha[1:], stack[1:]):
@@ -70,8 +70,8 @@ def _sum(alpha: Tensor, stack: Tensor, out: Tensor) -> None:
 def _dots(stack: Tensor, x: Tensor) -> Tensor:
     """The dot product of each basis with `x`, [K]."""
     if stack.device.type != "cpu":
-        return torch.mv(stack.flatten(1), x)
-    return torch.stack([torch.dot(basis, x) for basis in stack.flatten(1)])
+        return torch.mv(stack.view(len(stack), -1), x)
+    return torch.stack([torch.dot(basis, x) for basis in stack.view(len(stack), -1)])
 
 
 def _cast(x: Tensor, dtype: torch.dtype, memory: Memory) -> Tensor:
