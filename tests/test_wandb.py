@@ -10,9 +10,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from offline_runs import offline_runs
 
 import expertdiff.loggers
+from expertdiff.cli import main
 from expertdiff.loggers import WandB, read_metrics
 from expertdiff.report.dashboard import dashboard
 
@@ -72,6 +74,26 @@ def test_a_requeued_job_is_one_run_whose_steps_go_on(fit, tmp_path):
     assert second.config["model"]["init_args"]["expert"] == 1
     assert second.config["trainer"]["max_steps"] == 8
     assert second.config["study"]["name"] == "tiny"
+
+
+def test_the_coefficients_of_mixed_experts_are_pictures_there_too(tmp_path):
+    import wandb
+
+    configs = [
+        f"--config={ROOT / path}" for path in ("configs/toys/remix.yaml", "tests/conf/toy.yaml")
+    ]
+    small = ["--model.network.experts=8", "--model.network.network.width=32"]
+    assert main(["fit", *configs, *small, f"--study.root={tmp_path}", LOGGERS]) == 0
+    wandb.finish()
+    job = tmp_path / "moons-remix" / "remix"
+    (run,) = offline_runs(job)
+    pictures = run.history["pictures/mixing"]
+    assert [step for step, _ in pictures] == [4, 8, 12]
+    for step, picture in pictures:
+        (name,) = picture["filenames"]
+        ours = job / "mixing" / f"step-{step:08d}.png"
+        assert (run.folder / "files" / name).read_bytes() == ours.read_bytes()
+    assert [step for step, _ in run.history["mixing/basis_cosine"]] == [4, 8, 12]
 
 
 def test_a_key_without_a_network_goes_offline_and_stays_secret(fit, tmp_path, monkeypatch):
