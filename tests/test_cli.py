@@ -320,7 +320,7 @@ class TestCheckpoints:
 
 
 LAYERS = [
-    {"seeds", "devices", "describe", "files", "look", "metrics", "cluster", "int8"},
+    {"seeds", "devices", "describe", "files", "look", "memory", "metrics", "cluster", "int8"},
     {"diffusion", "networks", "checkpoints", "image_files"},
     {"experts", "data", "evaluation", "budgets"},
     {"bundle", "loggers"},
