@@ -1,6 +1,7 @@
 """Mixed experts against networks whose weights were mixed by hand."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from expertdiff.diffusion.denoiser import Eps, NetworkDenoiser
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import DiscreteVP, LinearBetas
 from expertdiff.diffusion.samplers import DDPM, SampleNoise
+from expertdiff.experts import mixed
 from expertdiff.experts.gated import GatedExperts
 from expertdiff.experts.mixed import Mixed
 from expertdiff.experts.remixed import Coefficients, OneHot, Raw, RemixDiT, Remixed, Softmax
@@ -206,20 +208,46 @@ def test_outputs_and_gradients_are_those_of_weights_mixed_by_hand():
     assert table[[i for i in range(20) if i != 14]].abs().max() == 0
 
 
+@pytest.fixture
+def no_code(monkeypatch):
+    """Compiles without a compiler: what PyTorch reads of the Python, it runs as it is."""
+    compiled = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiled)
+    mixed._compiled.cache_clear()
+    torch._dynamo.reset()  # or a test would come to the limit of what is compiled for another
+    yield
+    mixed._compiled.cache_clear()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("frozen", [None, 0, 1], ids=["", "alpha", "a stack"])
-def test_derivatives_of_the_mixture(frozen):
+def test_derivatives_of_the_mixture(frozen, compiled, no_code):
     shapes = [(3,), (3, 2, 5), (3,), (3, 4)]
     inputs = [torch.randn(shape, dtype=torch.double) for shape in shapes]
     for i, x in enumerate(inputs):
         x.requires_grad_(i != frozen)
 
-    def mixed(alpha, *stacks):
-        weights = Mixed.apply(alpha, Memory(), [torch.double] * 3, *stacks)
+    def mix(alpha, *stacks):
+        weights = Mixed.apply(alpha, Memory(), [torch.double] * 3, compiled, *stacks)
         return weights[:2]  # one is not used
 
-    assert torch.autograd.gradcheck(mixed, inputs)
-    for weight, bases in zip(mixed(*inputs), inputs[1:]):
+    assert torch.autograd.gradcheck(mix, inputs)
+    for weight, bases in zip(mix(*inputs), inputs[1:]):
         assert torch.allclose(weight, torch.tensordot(inputs[0], bases, dims=1))
+    assert mixed._compiled.cache_info().currsize == 2 * compiled
+
+
+def test_compiled_it_is_the_same(no_code):
+    plain, compiled = (remixed(plain=dit(compiled=compiled)) for compiled in (False, True))
+    outputs = []
+    for network in (plain, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(network(*inputs()))
+        outputs[-1].square().mean().backward()
+    torch.testing.assert_close(*outputs)
+    for p, q in zip(plain.parameters(), compiled.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+    assert mixed._compiled.cache_info().currsize == 2
 
 
 def test_steps_share_memory_and_what_is_kept_of_one_is_not_written_over():
@@ -334,7 +362,8 @@ def test_one_hot_with_as_many_bases_is_as_many_networks_step_by_step(alternate):
 )  # fmt: skip
 def test_any_network_can_be_mixed(plain, mixed, shape):
     network = alive(Remixed(plain, mixed, bases=2, experts=4))
-    network.to(memory_format=torch.channels_last)  # on a GPU training does this
+    for module in (network, NetworkDenoiser(network, PROCESS, Eps())):
+        module.to(memory_format=torch.channels_last)  # on a GPU training and teachers do this
     x_t, t = torch.randn(9, *shape), torch.randint(1000, (9,))
     for i, weights in enumerate(network.export_experts()):
         plain.load_state_dict(weights)

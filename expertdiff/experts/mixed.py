@@ -1,6 +1,7 @@
 """Tensors mixed from those of the bases, with a gradient that is written where it stays."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,69 +11,106 @@ from torch.autograd.function import once_differentiable
 
 from expertdiff.memory import Memory
 
+Empty = Callable[..., Tensor]
+"""Called with shape, dtype and device, as `torch.empty`."""
+
 
 class Mixed(Function):
     """sum_k alpha_k stack_k for each stack [K, ...], a matrix-vector product each; alpha is [K].
 
-    ``Mixed.apply(alpha, memory, dtypes, *stacks)`` sums in the type of a stack and returns as many
-    tensors, in `dtypes`. Autograd's own way has a node for each step of each, makes a huge matrix
-    product of the gradient of a stack, and takes fresh memory for all.
+    ``Mixed.apply(alpha, memory, dtypes, compiled, *stacks)`` sums in the type of a stack and
+    returns as many tensors, in `dtypes`. Autograd's own way has a node for each step of each, makes
+    a huge matrix product of the gradient of a stack, and takes fresh memory for all.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, alpha: Tensor, memory: Memory, dtypes: Sequence[torch.dtype], *stacks: Tensor
+        ctx: Any,
+        alpha: Tensor,
+        memory: Memory,
+        dtypes: Sequence[torch.dtype],
+        compiled: bool,
+        *stacks: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.memory = memory
+        ctx.memory, ctx.compiled = memory, compiled
         ctx.save_for_backward(alpha, *stacks)
         ctx.set_materialize_grads(False)
-        weights = []
-        for stack, dtype in zip(stacks, dtypes):
-            weight = memory.empty(stack.shape[1:], stack.dtype, stack.device)
-            _sum(alpha, stack, weight)
-            weights.append(_cast(weight, dtype, memory))
+        weights = [memory.empty(s.shape[1:], d, s.device) for s, d in zip(stacks, dtypes)]
+        _run(ctx, _sums, alpha, stacks, weights)
         return tuple(weights)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         alpha, *stacks = ctx.saved_tensors
-        of_alpha, _, _, *learned = ctx.needs_input_grad
+        of_alpha, _, _, _, *learned = ctx.needs_input_grad
         slope = torch.zeros_like(alpha) if of_alpha else None
-        of_stacks = []
-        for stack, gradient, learns in zip(stacks, gradients, learned):
-            of_stack = None
-            if gradient is not None:
-                gradient = _cast(gradient, stack.dtype, ctx.memory).flatten()
-                if slope is not None:
-                    slope += _dots(stack, gradient)
-                if learns:
-                    of_stack = ctx.memory.empty(stack.shape, stack.dtype, stack.device)
-                    torch.outer(alpha, gradient, out=of_stack.view(len(alpha), -1))
-            of_stacks.append(of_stack)
-        return slope, None, None, *of_stacks
+        of_stacks = [
+            ctx.memory.empty(stack.shape, stack.dtype, stack.device)
+            if learns and gradient is not None
+            else None
+            for stack, gradient, learns in zip(stacks, gradients, learned)
+        ]
+        _run(ctx, _slopes, alpha, stacks, gradients, slope, of_stacks)
+        return slope, None, None, None, *of_stacks
 
 
-# On a CPU, passes over numbers that stay in its cache are faster than its products of matrix and
-# vector; elsewhere, each pass would be a kernel to launch.
+def _run(ctx: Any, function: Callable[..., None], *args: Any) -> None:
+    if ctx.compiled:
+        _compiled(function)(*args, torch.empty)
+    else:
+        function(*args, ctx.memory.empty)
 
 
-def _sum(alpha: Tensor, stack: Tensor, out: Tensor) -> None:
-    """sum_k alpha_k stack_k into `out`."""
-    if stack.device.type != "cpu":
-        torch.mv(stack.view(len(alpha), -1).T, alpha, out=out.view(-1))
-        return
-    torch.mul(stack[0], alpha[0], out=out)
-    for a, basis in zip(alpha[1:], stack[1:]):
-        out.addcmul_(basis, a)
+@functools.cache
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
+    return torch.compile(function)
 
 
-def _dots(stack: Tensor, x: Tensor) -> Tensor:
-    """The dot product of each basis with `x`, [K]."""
-    if stack.device.type != "cpu":
-        return torch.mv(stack.view(len(stack), -1), x)
-    return torch.stack([torch.dot(basis, x) for basis in stack.view(len(stack), -1)])
+def _sums(alpha: Tensor, stacks: Sequence[Tensor], outs: Sequence[Tensor], empty: Empty) -> None:
+    """sum_k alpha_k stack_k of each stack into its out."""
+    for stack, out in zip(stacks, outs):
+        exact = out.dtype == stack.dtype
+        total = out if exact else empty(out.shape, dtype=stack.dtype, device=stack.device)
+        if _in_passes(stack):
+            torch.mul(stack[0], alpha[0], out=total)
+            for a, basis in zip(alpha[1:], stack[1:]):
+                total.addcmul_(basis, a)
+        else:
+            torch.mv(stack.view(len(alpha), -1).T, alpha, out=total.view(-1))
+        if not exact:
+            out.copy_(total)
 
 
-def _cast(x: Tensor, dtype: torch.dtype, memory: Memory) -> Tensor:
-    return x if x.dtype == dtype else memory.empty(x.shape, dtype, x.device).copy_(x)
+def _slopes(
+    alpha: Tensor,
+    stacks: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    of_alpha: Tensor | None,
+    of_stacks: Sequence[Tensor | None],
+    empty: Empty,
+) -> None:
+    """Adds the gradient of `alpha`, and writes those of the stacks; where all are not ``None``."""
+    for stack, gradient, of_stack in zip(stacks, gradients, of_stacks):
+        if gradient is None:
+            continue
+        if gradient.dtype != stack.dtype:
+            exact = empty(gradient.shape, dtype=stack.dtype, device=stack.device)
+            gradient = exact.copy_(gradient)
+        bases, gradient = stack.view(len(alpha), -1), gradient.flatten()
+        if of_alpha is not None:
+            if _in_passes(stack):
+                of_alpha += torch.stack([torch.dot(basis, gradient) for basis in bases])
+            else:
+                of_alpha += torch.mv(bases, gradient)
+        if of_stack is not None:
+            torch.outer(alpha, gradient, out=of_stack.view(len(alpha), -1))
+
+
+def _in_passes(stack: Tensor) -> bool:
+    """Whether to go over one basis after another, instead of a product of matrix and vector.
+
+    On a CPU, passes over numbers that stay in its cache are faster, and a compiler makes one pass
+    of them all. Elsewhere, each would be a kernel to launch.
+    """
+    return stack.device.type == "cpu" or torch.compiler.is_compiling()

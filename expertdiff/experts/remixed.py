@@ -1,8 +1,8 @@
 """Experts mixed from a few bases: theta_n = sum_k alpha_nk beta_k (Remix-DiT, arXiv 2412.05628)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -238,20 +238,22 @@ class Remixed(Network):
             self._kept = (now, self.mix(expert))
         return self._kept[1]
 
-    def mix(self, expert: int, memory: Memory | None = None) -> dict[str, Tensor]:
+    def mix(self, expert: int) -> dict[str, Tensor]:
         """The mixed parameters of an expert by their plain names.
 
         Sums are in float32; those named by `cast` are then in autocast's type, if it is on. They
-        lie in `memory`, by default in that of earlier ones that are gone.
+        lie in the memory of earlier ones that are gone.
         """
-        dtype, memory = self._dtype(), memory or self._memory
-        stacks, weights = self.stacks(), {}
+        return self._mixed(expert, self._memory, self._plain[0].compiled)
+
+    def _mixed(self, expert: int, memory: Memory, compiled: bool) -> dict[str, Tensor]:
+        dtype, stacks, weights = self._dtype(), self.stacks(), {}
         with torch.autocast(self.coefficients.weight.device.type, enabled=False):
             alpha = self.coefficients.of(expert)
             for table, names in self._blocks:
                 own = [stacks[name] for name in names]
                 types = [dtype if n.endswith(self.cast) else x.dtype for n, x in zip(names, own)]
-                weights |= zip(names, Mixed.apply(alpha[table], memory, types, *own))
+                weights |= zip(names, Mixed.apply(alpha[table], memory, types, compiled, *own))
         return weights
 
     def _dtype(self) -> torch.dtype:
@@ -269,16 +271,17 @@ class Remixed(Network):
         self._kept, self._plain[0].training = None, mode
         return super().train(mode)
 
-    def to(self, *args: Any, **kwargs: Any) -> "Remixed":
-        # Stacked kernels of convolutions have five axes, for which there is no channels_last.
-        kwargs.pop("memory_format", None)
-        return super().to(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Remixed":
+        # As rows, which have no layout: stacked kernels of convolutions have five axes, for which
+        # there is no channels_last. What lies around this network moves it this way, too.
+        return super()._apply(lambda x: fn(x.flatten()).view(x.shape), recurse)
 
     @torch.no_grad()
     def expert(self, i: int) -> dict[str, Tensor]:
         """The state dict of a plain network that is expert `i`."""
         with torch.autocast(self.coefficients.weight.device.type, enabled=False):
-            weights = self.state_dict() | self.mix(i, Memory())  # which is kept by nobody else
+            # In memory that nobody else keeps, and without a compiler, which may be elsewhere.
+            weights = self.state_dict() | self._mixed(i, Memory(), compiled=False)
         del weights[TABLE]
         return weights
 

@@ -85,6 +85,7 @@ class DiT(Network):
         out_channels = 2 * in_channels if learn_sigma else in_channels
         self.final_layer = FinalLayer(width, patch_size**2 * out_channels)
         self._initialise()
+        self.compiled = compiled
         if compiled:
             for block in self.blocks:
                 block.compile()

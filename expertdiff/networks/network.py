@@ -18,11 +18,13 @@ class Network(Described, nn.Module, ABC):
         num_classes: labels are in [0, num_classes); ``None`` for an unconditional network.
         null_class: the label that means "of no class"; ``None`` where there is none.
         T: how many timesteps the chain must have; ``None`` for any process.
+        compiled: whether its parts are compiled; what computes weights for it then is, too.
     """
 
     num_classes: int | None = None
     null_class: int | None = None
     T: int | None = None
+    compiled: bool = False
 
     @abstractmethod
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
