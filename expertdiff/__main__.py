@@ -7,6 +7,7 @@ from expertdiff.status import status
 
 def main() -> int:
     """Runs one verb; returns the exit code."""
+    sys.path.append("")  # a configuration may name a class of a file beside the user
     if sys.argv[1:2] != ["status"]:
         from expertdiff.cli import main
 

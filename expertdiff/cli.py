@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import get_args, get_origin
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from expertdiff.analysis.consistency import consistency
 from expertdiff.analysis.merging import merge
 from expertdiff.callbacks.checkpoint import Interrupted, handling, stop_at_once
@@ -130,8 +132,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(f"{stopped}; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, FloatingPointError) as error:
-        said = error if isinstance(error, OSError) else _ours(error)
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is kept", file=sys.stderr)
+        return INTERRUPTED
+    except (ValueError, OSError, FloatingPointError, MisconfigurationException) as error:
+        told = isinstance(error, (OSError, MisconfigurationException))
+        said = error if told else _ours(error)
         if said is None or os.environ.get("EXPERTDIFF_DEBUG"):
             raise
         print(f"expertdiff: error: {said}", file=sys.stderr)

@@ -51,6 +51,7 @@ from expertdiff.callbacks.mixing import MixingMap
 from expertdiff.callbacks.monitor import DenoisingGrid, LossByInterval, ResolvedConfig
 from expertdiff.data.base import Data
 from expertdiff.describe import Described
+from expertdiff.devices import accelerator
 from expertdiff.evaluation.inception import COMPARABLE
 from expertdiff.files import locked, read_json, writable
 from expertdiff.loggers import StudyLogger
@@ -161,6 +162,11 @@ class ExpertCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         trainer, study = config.trainer, config.study
         if isinstance(self.model, Method):
+            if self.subcommand in ("test", "predict"):
+                raise ValueError(
+                    f"{type(self.model).__name__} is trained, and its bundle is tested: run "
+                    "expertdiff launch, or stitch a job and name its bundle with --model Stitched"
+                )
             job, folder = self.model.job, study.folder / self.model.job
             if trainer.max_steps == -1:
                 kwargs["max_steps"] = steps = study.steps(self.model)
@@ -170,8 +176,15 @@ class ExpertCLI(LightningCLI):
                     kwargs["val_check_interval"] = every * trainer.accumulate_grad_batches
         else:
             job, folder = f"test-{self.model.output.name}", self.model.output
+            if trainer.fast_dev_run or trainer.limit_test_batches or trainer.limit_predict_batches:
+                raise ValueError(
+                    "a part of the samples is no test: leave fast_dev_run and the limits of the "
+                    "trainer alone, and set model.evaluation.samples"
+                )
         folder = Path(trainer.default_root_dir or folder)
         kwargs["default_root_dir"] = str(folder)
+        if trainer.accelerator == "auto":
+            kwargs["accelerator"] = accelerator()
         if self.subcommand != "validate":
             writable(folder)
         for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
@@ -261,6 +274,10 @@ class ConfigOnly(ExpertCLI):
     def instantiate_classes(self) -> None:
         """All but the trainer: whatever a job would refuse is refused before any starts."""
         objects = self.parser.instantiate_classes(self.config)
+        if not isinstance(objects.model, Method):
+            raise ValueError(
+                f"{type(objects.model).__name__} trains nothing: name a configuration of fit"
+            )
         self.study: Study = objects.study
         self.datamodule: Data = objects.data
         self.model: Method = objects.model

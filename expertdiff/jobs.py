@@ -46,6 +46,12 @@ class Job:
         return ["expertdiff", self.verb, "--config", str(self.folder / "job.yaml")]
 
     @property
+    def gpus(self) -> int:
+        """How many it uses, where there are any."""
+        devices = self.config["trainer"]["devices"]
+        return devices if isinstance(devices, int) and devices > 0 else 1
+
+    @property
     def log(self) -> Path:
         """Everything it prints."""
         return self.folder / "log.txt"
@@ -100,14 +106,14 @@ def run(jobs: list[Job], parallel: int | None = None) -> None:
     each with a checkpoint.
 
     Raises:
-        ValueError: `parallel` is below 1.
+        ValueError: `parallel` is below 1, or a job wants more GPUs than there are.
         SystemExit: after all have ended, if any failed or was interrupted.
     """
     if parallel is not None and parallel < 1:
         raise ValueError(f"parallel {parallel} runs nothing: give 1 or more jobs at a time")
     if not jobs:
         return
-    slots = _slots(len(jobs), parallel)
+    slots = _slots(jobs, parallel)
     waiting, running = list(jobs), {}
     display = Display(jobs)
     handlers = {n: signal.signal(n, _as_interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
@@ -145,7 +151,8 @@ def _complain(failed: list[Job]) -> None:
         print(f"  resume it with `{' '.join(job.command)}`, or all with this launch command")
     if failed:
         # "Interrupted" only if nothing worse happened: a batch script would start it again.
-        codes = [abs(job.process.returncode) for job in failed]
+        codes = [job.process.returncode for job in failed]
+        codes = [code if code > 0 else 128 - code for code in codes]  # of a signal, as a shell does
         raise SystemExit(max((c for c in codes if c != INTERRUPTED), default=INTERRUPTED))
 
 
@@ -153,16 +160,24 @@ def _as_interrupt(number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _slots(jobs: int, parallel: int | None) -> list[dict[str, str]]:
+def _slots(jobs: list[Job], parallel: int | None) -> list[dict[str, str]]:
     """The environment of each place where a job can run."""
     if gpus := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
-        # More jobs than GPUs share them in turn.
-        return [{"CUDA_VISIBLE_DEVICES": visible[i % gpus]} for i in range(parallel or gpus)]
+        each = max(job.gpus for job in jobs)
+        if each > gpus:
+            raise ValueError(
+                f"trainer.devices {each} are more than the {gpus} GPUs here: give at most {gpus}"
+            )
+        # More jobs than the GPUs have room for share them in turn.
+        places = [range(i * each, (i + 1) * each) for i in range(parallel or gpus // each)]
+        return [
+            {"CUDA_VISIBLE_DEVICES": ",".join(visible[n % gpus] for n in place)} for place in places
+        ]
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    at_once = min(jobs, parallel or cores)
+    at_once = min(len(jobs), parallel or cores)
     return [{"OMP_NUM_THREADS": str(max(1, cores // at_once))}] * at_once
 
 

@@ -206,15 +206,25 @@ def submit(plan: Plan, site: Path, parallel: int | None = None, dry_run: bool = 
         for job in unfinished:
             job.write()
     places = {job.name: k for k, job in enumerate(plan.jobs)}
-    # An expert waits for the job that it starts from; all others for nothing.
-    groups = [
-        [job for job in unfinished if (job in plan.first) is first] for first in (True, False)
-    ]
-    ids: list[str] = []
-    for group in filter(None, groups):
-        ids.append(submission.train([places[job.name] for job in group], parallel, ids))
+
+    def train(group: list[Job], after: list[str]) -> list[str]:
+        if not group:
+            return []
+        id = submission.train([places[job.name] for job in group], parallel, after)
         if not dry_run:
-            print(f"submitted {ids[-1]}: {', '.join(job.name for job in group)}")
+            print(f"submitted {id}: {', '.join(job.name for job in group)}")
+        return [id]
+
+    # An expert waits for the job that it starts from; all others for nothing.
+    first, parts, whole = (
+        [job for job in unfinished if job in group]
+        for group in (plan.first, plan.parts, plan.whole)
+    )
+    if first:
+        start = train(first, [])
+        ids = start + train(whole, []) + train(parts, start)
+    else:
+        ids = train(unfinished, [])
     evaluation = submission.evaluate(ids)
     if not dry_run:
         print(f"submitted {evaluation}: evaluation\nhow it goes: expertdiff status {folder}")

@@ -6,7 +6,7 @@ import os
 import secrets
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ from PIL import Image
 
 from expertdiff.files import write_text, writing
 from expertdiff.metrics import read_metrics
+
+QUIET = ("offline", "dryrun", "disabled")
+"""Modes in which W&B asks for no account."""
 
 PATIENCE = 10
 """Seconds that W&B's service has for its answer before a run is kept offline."""
@@ -85,7 +88,7 @@ class WandB(WandbLogger, StudyLogger):
 
     Online only with an account (``WANDB_API_KEY`` or a `wandb login`) and a network; otherwise the
     run is kept offline in the run's folder, and `wandb sync` uploads it later. ``WANDB_MODE`` is
-    obeyed. Where W&B can write nothing at all, training goes on without it.
+    obeyed. Where W&B can write nothing at all, or no longer, training goes on without it.
 
     Args:
         project: the W&B project.
@@ -99,7 +102,7 @@ class WandB(WandbLogger, StudyLogger):
         import wandb
 
         mode = os.environ.get("WANDB_MODE", "online")
-        if mode == "online" and (offline or not _has_account()):
+        if mode not in QUIET and (offline or not _has_account()):
             mode = "offline"
         super().__init__(
             project=project,
@@ -108,6 +111,7 @@ class WandB(WandbLogger, StudyLogger):
             settings=wandb.Settings(init_timeout=PATIENCE, silent=True, console="off"),
         )
         self._wandb_init.pop("anonymous", None)  # Lightning sets it, W&B warns of it
+        self._lost = False
 
     @rank_zero_only
     def attach(self, folder: Path, study: str, job: str) -> None:
@@ -152,6 +156,27 @@ class WandB(WandbLogger, StudyLogger):
         else:
             run = super().experiment
         run.define_metric("seconds", hidden=True)  # an axis to choose, no curve to look at
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_lost(super().log_hyperparams, *args, **kwargs)
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_lost(super().log_metrics, *args, **kwargs)
+
+    def log_image(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_lost(super().log_image, *args, **kwargs)
+
+    def log_table(self, *args: Any, **kwargs: Any) -> None:
+        self._unless_lost(super().log_table, *args, **kwargs)
+
+    def _unless_lost(self, log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self._lost:
+            return
+        try:
+            log(*args, **kwargs)
+        except Exception as error:  # its service may have been killed, or the disk be full
+            self._lost = True
+            rank_zero_warn(f"training goes on without W&B: {' '.join(str(error).split())}")
 
 
 def _has_account() -> bool:

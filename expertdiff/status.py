@@ -1,6 +1,7 @@
 """How a study goes, at once: from its files and the queue, without torch or Lightning."""
 
 import argparse
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from pathlib import Path
 from expertdiff.cluster import Queued, queue
 from expertdiff.files import read_json
 from expertdiff.metrics import Progress
+
+FAILED = re.compile(r"(?:expertdiff: error: |^(?=[\w.]+(?:Error|Exception)\b))(.*)")
+"""The last line of a job that ended so: refused in a sentence, or with a traceback."""
 
 
 def status(args: Sequence[str]) -> None:
@@ -89,8 +93,8 @@ def _row(job: Path, steps: int, queued: Queued | None) -> Row:
         return Row(job.name, "done", steps, Progress(trained, progress.loss, progress.speed), False)
     if queued:
         return Row(job.name, _told(queued), steps, progress, queued.state == "running")
-    if error := _last_line(job / "log.txt").partition("expertdiff: error: ")[2]:
-        return Row(job.name, "failed", steps, progress, False, error)
+    if error := FAILED.search(_last_line(job / "log.txt")):
+        return Row(job.name, "failed", steps, progress, False, error[1])
     metrics = job / "metrics.jsonl"
     if not metrics.is_file():
         return Row(job.name, "not started", steps, progress, False)

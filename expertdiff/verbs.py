@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -10,7 +11,7 @@ from tqdm import tqdm
 
 from expertdiff.bundle import Bundle, check_data, read_manifest
 from expertdiff.data.base import Data
-from expertdiff.devices import default_device
+from expertdiff.devices import accelerator, default_device
 from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.guidance import Guidance
 from expertdiff.diffusion.partition import Interval, Partition
@@ -57,7 +58,7 @@ def sample(
     sampler: Sampler | None = None,
     guidance: Guidance | None = None,
     batch_size: int | None = None,
-    precision: str | None = None,
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] | None = None,
     lazy: bool = False,
     output: Path | None = None,
 ) -> None:
@@ -71,7 +72,7 @@ def sample(
         guidance: towards labels, as ``ClassifierFree --guidance.scale 1.5``, or towards data, as
             ``Discriminator --guidance.path DIR --guidance.weight 1``; by default none.
         batch_size: samples at a time, does not change them; by default 64 images or 10,000 points.
-        precision: of the network, ``32-true`` or ``bf16-mixed``; by default that of its training.
+        precision: of the network; by default that of its training.
         lazy: keep one expert in memory and read the next one meanwhile; the samples are the same.
         output: folder of ``samples.png`` and of ``samples.npz`` (ADM's layout) or ``samples.csv``
             (in the coordinates of the training file); by default ``<bundle>/samples``.
@@ -91,6 +92,7 @@ def sample(
     model = Stitched(Path(bundle), protocol, output, lazy)
     trainer = Trainer(
         devices=1,
+        accelerator=accelerator(),
         precision=precision or trained.get("precision", "32-true"),
         logger=False,
         enable_checkpointing=False,
@@ -177,6 +179,8 @@ def likelihood(
         seed: of the probes, and of the noise within each byte.
         batch_size: items at a time.
     """
+    if samples < 1 or batch_size < 1:
+        raise ValueError(f"samples {samples} and batch_size {batch_size} must be at least 1")
     model = Bundle.load(bundle)
     images = len(model.shape) == 3
     items, ours = data.split("reference")[0][:samples], model.manifest["shared"]["data"]

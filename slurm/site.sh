@@ -9,7 +9,8 @@ train=(
     --cpus-per-task=4
 )
 
-# The same for the job that stitches, tests and reports, and for encoding latents.
+# The same for the job that stitches, tests and reports (a test that its time limit cuts short begins
+# anew), and for encoding latents.
 evaluate=("${train[@]}")
 latents=("${train[@]}")
 

@@ -5,14 +5,17 @@ import errno
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT, TINY
 
 import expertdiff
-from expertdiff import checkpoints, files
+from expertdiff import checkpoints, cli, files
+from expertdiff.__main__ import main as entry
 from expertdiff.cli import main
 from expertdiff.describe import build
 from expertdiff.diffusion.partition import Partition
@@ -175,6 +178,49 @@ class TestFaults:
     def test_image_of_another_size_is_no_defect_of_ours(self, capsys, tmp_path):
         network = "--model.network.image_size=9"
         assert "image_size 9" in refused(capsys, "fit", *TINY, f"--study.root={tmp_path}", network)
+
+    @pytest.mark.parametrize("verb", ["test", "predict"])
+    def test_a_method_is_not_tested(self, verb, capsys, tmp_path):
+        error = refused(capsys, verb, *TINY, f"--study.root={tmp_path}")
+        assert "MDM is trained, and its bundle is tested" in error and not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("verb", ["launch", "intervals"])
+    def test_a_bundle_is_not_trained(self, verb, study, capsys):
+        config = study / "bundles/stitched/config.yaml"
+        assert "Stitched trains nothing" in refused(capsys, verb, "--config", config)
+
+    def test_a_part_of_a_test(self, study, capsys):
+        config = study / "bundles/stitched/config.yaml"
+        option = "--trainer.fast_dev_run=true"
+        assert "no test" in refused(capsys, "test", "--config", config, option)
+
+    def test_what_lightning_refuses(self, capsys, tmp_path):
+        options = (f"--study.root={tmp_path}", "--trainer.accelerator=gpu")
+        assert "No supported gpu backend" in refused(capsys, "fit", *TINY, *options)
+
+    def test_unknown_precision(self, study, capsys):
+        bundle = study / "bundles/stitched"
+        assert "fp32" in refused(capsys, "sample", bundle, "--precision=fp32")
+
+    def test_interrupted_anywhere(self, monkeypatch, capsys):
+        def report(study: Path):
+            raise KeyboardInterrupt
+
+        monkeypatch.setitem(cli.VERBS, "report", report)
+        assert main(["report", "runs/x"]) == 75
+        assert "what was finished is kept" in capsys.readouterr().err
+
+
+def test_a_class_of_a_file_beside_the_user(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(# mine.py\n.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (tmp_path / "mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    options = ["--model.weighting=mine.Faded", "--model.weighting.power=2", "--trainer.max_steps=2"]
+    monkeypatch.setattr(sys, "argv", ["expertdiff", "fit", *TINY, *options])
+    assert entry() == 0
+    told = yaml.safe_load((tmp_path / "runs/tiny/expert-0/config.yaml").read_text())
+    assert told["model"]["init_args"]["weighting"]["class_path"] == "mine.Faded"
 
 
 class TestOtherRun:

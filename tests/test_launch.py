@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from expertdiff.diffusion.partition import Partition
 from expertdiff.evaluation.features import Pixels
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
 from expertdiff.image_files import load_npz
-from expertdiff.jobs import Job, run
+from expertdiff.jobs import Job, _complain, _slots, run
 from expertdiff.metrics import read_metrics
 from expertdiff.report.study import read_study
 from expertdiff.report.verdict import cost, missing, verdict
@@ -92,6 +94,16 @@ def test_test_verb_on_a_bundle_s_own_config(study, tmp_path, capsys):
     theirs = json.loads((study / "tests" / "stitched" / "metrics.json").read_text())
     assert ours["values"] == pytest.approx(theirs["values"], rel=1e-6)
     assert "real ones of the other split" in capsys.readouterr().out
+
+
+def test_raw_weights_are_tested_too(study, tmp_path):
+    bundle = shutil.copytree(study / "bundles" / "stitched", tmp_path / "bundle")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for entry in manifest["experts"]:
+        del entry["identity"]["ema"]
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    assert main(["test", f"--config={bundle / 'config.yaml'}", f"--model.bundle={bundle}"]) == 0
+    assert json.loads((bundle / "test" / "metrics.json").read_text())["ema_decay"] is None
 
 
 def test_predict_gives_indices_and_images(study):
@@ -204,11 +216,42 @@ def test_an_interrupted_launch_goes_on(tmp_path):
     assert steps == sorted(steps) and steps[-1] > stopped
 
 
+@pytest.mark.parametrize(
+    "devices, parallel, slots",
+    [
+        ("auto", None, ["4", "5", "6", "7"]),
+        ("auto", 6, ["4", "5", "6", "7", "4", "5"]),
+        (2, None, ["4,5", "6,7"]),
+        (3, None, ["4,5,6"]),
+        (2, 3, ["4,5", "6,7", "4,5"]),
+    ],
+)
+def test_each_job_has_the_gpus_that_it_asks_for(devices, parallel, slots, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    jobs = [Job("a", "fit", {"trainer": {"devices": devices}}, tmp_path, 1)]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in _slots(jobs, parallel)] == slots
+    jobs.append(Job("b", "fit", {"trainer": {"devices": 5}}, tmp_path, 1))
+    with pytest.raises(ValueError, match="devices 5 are more than the 4 GPUs"):
+        _slots(jobs, parallel)
+
+
 def test_exit_code_is_the_worst_of_the_jobs(tmp_path, capfd):
-    jobs = [Job(f"job-{i}", "fit", {"nonsense": i}, tmp_path / str(i), 1) for i in range(2)]
+    wrong = {"trainer": {"devices": "auto"}, "nonsense": 0}
+    jobs = [Job(f"job-{i}", "fit", wrong, tmp_path / str(i), 1) for i in range(2)]
     with pytest.raises(SystemExit) as stop:
         run(jobs)
     assert stop.value.code == 2 and "nonsense" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("codes, told", [([75, 75], 75), ([75, 2], 2), ([75, -9], 137)])
+def test_a_killed_job_is_told_as_by_a_shell(codes, told, tmp_path, capsys):
+    jobs = [Job("a", "fit", {}, tmp_path, 1, SimpleNamespace(returncode=code)) for code in codes]
+    with pytest.raises(SystemExit) as stop:
+        _complain(jobs)
+    assert (
+        stop.value.code == told and f"a failed with exit code {codes[1]}" in capsys.readouterr().out
+    )
 
 
 class TestBudgets:

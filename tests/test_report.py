@@ -18,6 +18,7 @@ from expertdiff.report import chain_figure, write_report
 from expertdiff.report.figures import BASELINE_COLOUR, EXPERT_COLOUR, loss_figure, svg
 from expertdiff.report.study import read_study
 from expertdiff.report.verdict import cost, missing, verdict
+from expertdiff.studies.trained import Trained
 
 EDGES = [0, 0.1, 0.8, 1]
 ITERATIONS = {"baseline": 1000, "expert-0": 100, "expert-1": 500, "expert-2": 400}
@@ -223,6 +224,20 @@ def test_what_is_missing_is_named(fake):
     ]
     text = Page(write_report(fake)).text
     assert "expert-2: not started" in text and "the sample grid of stitched" in text
+
+
+def test_a_job_of_fewer_steps_than_planned_is_not_finished(fake):
+    facts = json.loads((fake / "study.json").read_text())
+    facts["jobs"]["expert-1"]["iterations"] = 700  # as in the rounds of an adaptive budget
+    dump(fake / "study.json", facts)
+    assert "expert-1: unfinished, at step 500 of 700" in missing(read_study(fake))
+    with pytest.raises(ValueError, match="expert-1 is not trained"):
+        Trained.open(fake)
+
+
+def test_a_bundle_that_somebody_made_may_be_of_any_steps(fake):
+    make_test(fake, "a-only", [1.3, 1.4], {"baseline": 900})
+    assert missing(read_study(fake)) == []
 
 
 def test_a_study_that_has_only_begun_has_a_report(tmp_path):

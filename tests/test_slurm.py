@@ -59,15 +59,16 @@ class TestCommands:
 
     def test_experts_wait_for_what_they_share(self, launch, slurm, tmp_path):
         code, out = launch("--slurm", "--study.shared=60")
-        first, rest, evaluate = slurm()
+        first, baseline, parts, evaluate = slurm()
         assert code == 0
         assert (tmp_path / "s/jobs.txt").read_text().split() == [
             "expert-0", "expert-1", "expert-2", "shared", "baseline",
         ]  # fmt: skip
         assert "--array=3 " in first and "--dependency" not in first
-        assert "--array=0-2,4 " in rest and "--dependency=afterok:1 " in rest
-        assert "--dependency=afterok:1:2 " in evaluate
-        assert "submitted 2: expert-0, expert-1, expert-2, baseline" in out
+        assert "--array=4 " in baseline and "--dependency" not in baseline
+        assert "--array=0-2 " in parts and "--dependency=afterok:1 " in parts
+        assert "--dependency=afterok:1:2:3 " in evaluate
+        assert "submitted 3: expert-0, expert-1, expert-2" in out
 
     def test_all_or_nothing(self, launch, slurm, tmp_path):
         lines = f"{tmp_path}/sbatch"
@@ -260,13 +261,20 @@ class TestStatus:
         assert [row.state for row in rows[:3]] == ["done", "running 7_1", "pending 7_2 (BeginTime)"]
         assert rows[1].going and not rows[2].going
 
-    def test_a_failure_is_told(self, many, capsys):
+    @pytest.mark.parametrize(
+        "line, why",
+        [
+            ("expertdiff: error: the disk is full", "the disk is full"),
+            ("torch.OutOfMemoryError: CUDA out of memory.", "torch.OutOfMemoryError: CUDA out of"),
+        ],
+    )
+    def test_a_failure_is_told(self, many, line, why, capsys):
         log = many / "expert-3/log.txt"
-        log.write_text("Seed set to 0\nexpertdiff: error: the disk is full\n")
+        log.write_text(f"Seed set to 0\n{line}\n")
         assert main(["status", str(many)]) == 0
         out = capsys.readouterr().out
         log.unlink()
-        assert "expert-3 failed: the disk is full" in out
+        assert f"expert-3 failed: {why}" in out
         assert out.splitlines()[4].split()[:2] == ["expert-3", "failed"]
 
     def test_no_study(self, tmp_path, capsys):

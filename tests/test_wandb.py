@@ -122,6 +122,20 @@ def test_a_folder_that_cannot_be_written_stops_nothing(fit, tmp_path):
     assert json.loads((job / "done.json").read_text())["step"] == 2
 
 
+def test_a_service_that_dies_stops_nothing(fit, tmp_path, monkeypatch):
+    import wandb
+
+    def reset(*args, **kwargs):
+        raise ConnectionResetError("Connection lost")
+
+    monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", reset)
+    with pytest.warns(UserWarning, match="goes on without W&B: Connection lost") as caught:
+        assert fit(LOGGERS, "--trainer.max_steps=2") == 0
+    wandb.finish()
+    assert len([w for w in caught if "Connection lost" in str(w.message)]) == 1
+    assert json.loads((tmp_path / "tiny/expert-0/done.json").read_text())["step"] == 2
+
+
 @pytest.mark.parametrize(
     "account, wanted, offline, mode",
     [
@@ -129,6 +143,7 @@ def test_a_folder_that_cannot_be_written_stops_nothing(fit, tmp_path):
         (True, None, True, "offline"),
         (True, "offline", False, "offline"),
         (False, "online", False, "offline"),  # it would ask for a key
+        (False, "run", False, "offline"),
         (False, "disabled", False, "disabled"),
     ],
 )

@@ -153,12 +153,14 @@ def read_study(folder: Path) -> Study:
 
 def _job(folder: Path, planned: dict[str, Any]) -> Job:
     record = folder / "done.json"
+    done = read_json(record) if record.is_file() else None
     return Job(
         name=folder.name,
         interval=Interval(*planned["interval"]),
         iterations=planned["iterations"],
         history=read_metrics(folder / "metrics.jsonl"),
-        done=read_json(record) if record.is_file() else None,
+        # That of fewer steps is of a round, or of a training that goes on.
+        done=done if done and done["step"] >= planned["iterations"] else None,
         mixing=max(folder.glob("mixing/step-*.png"), default=None),
     )
 

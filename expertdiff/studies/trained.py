@@ -50,9 +50,9 @@ class Trained:
         """
         folder = Path(folder)
         study = read_study(folder)
-        for name in study.jobs:
-            if not (folder / name / "done.json").is_file():
-                raise ValueError(f"{folder / name} is not trained: run expertdiff launch first")
+        for job in study.jobs.values():
+            if not job.done:
+                raise ValueError(f"{folder / job.name} is not trained: run expertdiff launch first")
         if (block := study.facts.get("evaluation")) is None:
             raise ValueError(
                 f"{folder / 'study.json'} does not say how models are judged: launch it again"
@@ -144,9 +144,8 @@ class Trained:
         """The headline of as many real items of the other split as samples are drawn."""
         data, device = self.data, default_device()
         judge = self.evaluation.judge.to(device)
-        other = "train" if data.reference == "validation" else "validation"
         reference = judge.reference(data.reference, data.real("reference"), device)
-        fresh = judge.real(data.real(other)[: self.evaluation.samples], device)
+        fresh = judge.real(data.fresh(self.evaluation.samples), device)
         return judge.distances(fresh, reference.summary)[judge.metric]
 
 
