@@ -5,14 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from expertdiff.bundle import Bundle
 from expertdiff.describe import describe, differences
 from expertdiff.diffusion.denoiser import Denoiser, Logit
 from expertdiff.diffusion.guidance import Discriminated, Guidance
-from expertdiff.experts.routed import RoutedExperts
+from expertdiff.experts.routed import RoutedExperts, by_owner
 from expertdiff.files import sha256_of
 
 
@@ -100,8 +99,9 @@ class RoutedLogit(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
         owner = self.partition.index(self.process.progress(t))
-        logit = torch.zeros(len(x_t), device=x_t.device)
-        for i in owner.unique().tolist():
-            mine = owner == i
-            logit[mine] = self.parts[i].output(x_t[mine], t[mine].to(x_t.device), None).squeeze(1)
-        return logit
+
+        def logit(i: int, x_t: Tensor, t: Tensor) -> Tensor:
+            return self.parts[i].output(x_t, t, None).squeeze(1)
+
+        # The owner is asked of t where it lies: a GPU's answer would have to be waited for.
+        return by_owner(owner, logit, x_t, t.to(x_t.device, non_blocking=True))

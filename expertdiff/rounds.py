@@ -1,6 +1,7 @@
 """Experts trained in rounds, after each of which an adaptive budget is decided anew."""
 
 from pathlib import Path
+from pkgutil import resolve_name
 from statistics import mean
 from typing import Any
 
@@ -8,7 +9,7 @@ from expertdiff.analysis.mixes import Mixer
 from expertdiff.budgets import Adaptive
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Data
-from expertdiff.describe import build
+from expertdiff.describe import Described, build
 from expertdiff.diffusion.partition import Partition
 from expertdiff.files import read_json, write_json
 from expertdiff.jobs import Job, train
@@ -31,8 +32,9 @@ class Rounds:
         parallel: jobs at a time.
 
     Raises:
-        ValueError: a learning rate that depends on the length of the training, check points with a
-            judge whose distance may be below 0, or a ledger of another study.
+        ValueError: a learning rate, timesteps or callbacks that depend on the length of the
+            training, check points with a judge whose distance may be below 0, or a ledger of
+            another study.
     """
 
     def __init__(
@@ -51,6 +53,12 @@ class Rounds:
             raise ValueError(
                 "an adaptive budget cannot have a learning rate that ends with the run (T_max 0), "
                 "because its length is not known at the start: choose another lr_scheduler"
+            )
+        if paced := _paced(config):
+            raise ValueError(
+                "an adaptive budget cannot have what goes by the length of the run "
+                f"({', '.join(paced)}), because that is not known at the start: choose other "
+                "timesteps or callbacks"
             )
         if budget.check_points and study.evaluation.judge.estimate:
             raise ValueError(
@@ -124,6 +132,17 @@ class Rounds:
             self.study.folder / "scores.json",
             str(self.config["trainer"]["precision"]),
         )
+
+
+def _paced(config: dict[str, Any]) -> list[str]:
+    """The timesteps and callbacks of a configuration that go by the length of the run."""
+    timesteps = config["model"]["init_args"].get("timesteps")
+    callbacks = config["trainer"]["callbacks"]
+    parts = callbacks if isinstance(callbacks, list) else [callbacks]
+    classes = [resolve_name(part["class_path"]) for part in [timesteps, *parts] if part]
+    # Callbacks that are described are, as `Method.run_identity` has it.
+    described = [cls for cls in classes if issubclass(cls, Described)]
+    return [cls.__name__ for cls in described if getattr(cls, "paced", True)]
 
 
 def _validated(job: Job, expert: int) -> float:

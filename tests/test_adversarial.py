@@ -33,6 +33,7 @@ from expertdiff.diffusion.weighting import Simple
 from expertdiff.methods.adversarial import ConsistentAdversarial, StructureGuided, relations
 from expertdiff.methods.single import Diffusion
 from expertdiff.networks.encoder import ImageLogit
+from expertdiff.networks.flow import CouplingFlow, Flowed
 from expertdiff.networks.mlp import MLPDenoiser, MLPLogit
 from expertdiff.networks.network import Network
 from expertdiff.seeds import generator
@@ -151,6 +152,20 @@ def test_only_the_network_is_clipped():
     assert norm.item() == pytest.approx(1e-4, rel=1e-2)
     for p, g in zip(module.critic.parameters(), before):
         assert torch.equal(p.grad, g)
+
+
+def test_a_fused_optimizer_in_float16_is_not_clipped():
+    module = method(Diffusion, optimizer=lambda p: torch.optim.AdamW(p, fused=True))
+    refused = {
+        **vars(module._trainer), "precision": "16-mixed", "gradient_clip_val": 1.0,
+        "strategy": SimpleNamespace(root_device=torch.device("cpu")), "is_global_zero": True,
+    }  # fmt: skip
+    module._trainer = SimpleNamespace(**refused)
+    with pytest.raises(ValueError, match="in 16-mixed with a fused AdamW"):
+        module.setup("fit")
+    for change in ({"precision": "bf16-mixed"}, {"gradient_clip_val": None}):
+        module._trainer = SimpleNamespace(**refused | change)
+        module.setup("fit")
 
 
 @both
@@ -451,6 +466,9 @@ def test_cas_visits_each_timestep_once():
 # -- refusals --------------------------------------------------------------------------------------
 
 
+FLOWED = {"network": Flowed(MLPDenoiser(width=8, depth=1), CouplingFlow(depth=2))}
+
+
 @pytest.mark.parametrize(
     "cls, replaced, said",
     [
@@ -467,6 +485,8 @@ def test_cas_visits_each_timestep_once():
             "ImageLogit cannot be trained stacked",
         ),
         (StructureGuided, {"timesteps": Uniform()}, "use OneForAll timesteps"),
+        (ConsistentAdversarial, FLOWED, "train a network without a flow"),
+        (StructureGuided, FLOWED, "train a network without a flow"),
     ],
 )
 def test_refusals(cls, replaced, said):

@@ -25,7 +25,7 @@ from expertdiff.diffusion.process import CosineBetas, DiscreteVP, LinearBetas
 from expertdiff.diffusion.samplers import DDIM, DDPM, DPMSolverPP2M, SampleNoise
 from expertdiff.evaluation.features import Pixels
 from expertdiff.experts.routed import RoutedExperts
-from expertdiff.files import read_json, sha256_of, write_json
+from expertdiff.files import Unusable, read_json, sha256_of, write_json
 from expertdiff.image_files import to_uint8
 from expertdiff.methods.stitched import Evaluation, Stitched
 from expertdiff.networks.network import Network
@@ -60,6 +60,13 @@ class Given(Images):
 
     def read(self, name):
         return self.given[name], torch.zeros(len(self.given[name]), dtype=torch.int64)
+
+
+class Kept(Given):
+    """Has kept the first 10 of its images to be looked at."""
+
+    def real(self, name):
+        return super().real(name)[:10]
 
 
 class Halved(Pixels):
@@ -293,6 +300,19 @@ def test_copies_of_training_items_are_found_and_mirrored_ones(tmp_path):
     assert read_json(a / "consistency/consistency.json")["data"] == data.identity()
 
 
+def test_how_many_training_items_were_searched_is_told(tmp_path, capsys):
+    a, b = bundle(tmp_path / "a", [1]), bundle(tmp_path / "b", [0.5])
+    items = torch.randint(256, (1200, *SHAPE), dtype=torch.uint8)
+    for data, n in ((Given(items, items), 1200), (Kept(items, items), 10)):
+        consistency(a, b, samples=5, sampler=TWO, data=data)
+        searched = read_json(a / "consistency/consistency.json")["searched"]
+        assert searched == {"items": n, "of": 1200}
+        assert f"nearest: of {n:,} of 1,200 training items" in capsys.readouterr().out
+    consistency(a, b, samples=5, sampler=TWO)
+    assert read_json(a / "consistency/consistency.json")["searched"] is None
+    assert "nearest" not in capsys.readouterr().out
+
+
 def test_the_nearest_is_that_of_brute_force():
     a, real = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) for n in (7, 23))
     parts = real.split(10)
@@ -382,7 +402,7 @@ def test_bundles_of_other_samples_are_refused(tmp_path, name, other):
         ("samples 1 cannot be shuffled", dict(samples=1)),
         ("do not partition", dict(edges=[0, 0.7, 0.5, 1])),
         ("batch_size 0 draws nothing", dict(batch_size=0)),
-        (r"shape \[1, 8, 8\], the given data have \[1, 28, 28\]", dict(data="shape")),
+        (r"shape \[1, 8, 8\], these have \[1, 28, 28\]", dict(data="shape")),
     ],
 )
 def test_bad_options_are_refused_before_anything_is_drawn(tmp_path, said, options, monkeypatch):
@@ -394,6 +414,12 @@ def test_bad_options_are_refused_before_anything_is_drawn(tmp_path, said, option
     with pytest.raises(ValueError, match=said):
         consistency(bundle(tmp_path / "a", [1]), bundle(tmp_path / "b", [1]), **options)
     assert not (tmp_path / "a/consistency").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(Pair, "draw", lambda *_: pytest.fail("drawn"))
+    with pytest.raises(Unusable, match="/dev/null/x cannot be written"):
+        consistency(bundle(tmp_path / "a", [1]), bundle(tmp_path / "b", [1]), output="/dev/null/x")
 
 
 def test_points_have_no_features_and_are_not_clipped(tmp_path):

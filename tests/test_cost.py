@@ -68,6 +68,14 @@ class TestPoints:
         curve = np.array([9, 5, 3, 2.95, 2.93, 2.92, 2.92])
         assert converged(curve / 100, Rule(0.001, 3, 0.003)) == converged(curve, RULE)
 
+    @pytest.mark.parametrize(
+        "rule", [{"changes": 0}, {"change": 0}, {"change": float("nan")}, {"gap": -1}]
+    )
+    def test_a_rule_that_nothing_or_everything_meets_is_refused(self, rule):
+        ((name, value),) = rule.items()
+        with pytest.raises(ValueError, match=f"{name} {value}"):
+            Rule(**rule)
+
     def test_equals_brute_force(self):
         generator = np.random.default_rng(0)
         found = set()

@@ -139,8 +139,10 @@ class TestPartition:
         assert Partition([0, 0.25, 0.5, 1]).index(points).tolist() == [0, 0, 1, 1, 2]
 
     @pytest.mark.parametrize(
-        "edges", [[], [0], [0, 0.5], [0.1, 1], [0, 0.6, 0.5, 1], [0, 0.5, 0.5, 1], [0, 0.5, 1.5]]
-    )
+        "edges",
+        [[], [0], [0, 0.5], [0.1, 1], [0, 0.6, 0.5, 1], [0, 0.5, 0.5, 1], [0, 0.5, 1.5],
+         [0, math.inf], [0, math.nan, 1], [-math.inf, 0, 1]],
+    )  # fmt: skip
     def test_what_is_no_partition(self, edges):
         with pytest.raises(ValueError, match="do not partition"):
             Partition(edges)

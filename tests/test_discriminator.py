@@ -1,13 +1,16 @@
 """Discriminator guidance: its formula where the logit is known, and its training."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
+from expertdiff import checkpoints
 from expertdiff.bundle import Bundle, Expert
 from expertdiff.cli import main
 from expertdiff.data import RealAndGenerated, Toy2D
@@ -20,9 +23,11 @@ from expertdiff.diffusion.partition import Interval, Partition
 from expertdiff.diffusion.process import VESDE, VPSDE, CosineBetas, DiscreteVP, LinearBetas, expand
 from expertdiff.diffusion.samplers import DDIM, DDPM, Heun, SampleNoise
 from expertdiff.diffusion.timesteps import Step, UniformLogSNR
+from expertdiff.diffusion.weighting import Simple
 from expertdiff.discriminator import Discriminator, RoutedLogit
 from expertdiff.experts.routed import RoutedExperts
 from expertdiff.loggers import read_metrics
+from expertdiff.methods.discrimination import Discrimination
 from expertdiff.networks.encoder import ImageLogit
 from expertdiff.networks.mlp import MLPLogit
 from expertdiff.seeds import generator
@@ -125,6 +130,12 @@ def test_t_is_uniform_in_log_snr(process, interval):
     torch.testing.assert_close(share, torch.full_like(share, 0.25), rtol=0, atol=0.02)
 
 
+def test_a_draw_copies_nothing_from_the_host(monkeypatch):
+    draws = generator("cpu", 0), generator("cpu", 1)
+    monkeypatch.setattr(torch, "tensor", None)
+    UniformLogSNR().sample(8, Interval(0.1, 0.8), draws[0], CHAIN, Step(draws[1]))
+
+
 def test_the_nearest_timestep_of_a_log_snr():
     t = torch.arange(100)
     log_snr = CHAIN.snr(t).log()
@@ -139,16 +150,20 @@ def test_each_discriminator_judges_its_own_interval():
 
         def __init__(self, value):
             super().__init__()
-            self.value = value
+            self.value, self.given = value, []
 
         def forward(self, x_t, t, y=None): ...
 
         def output(self, x_t, t, y):
+            self.given.append(x_t)
             return self.value * x_t.sum(1, keepdim=True)
 
-    logit = RoutedLogit(RoutedExperts([Constant(1.0), Constant(2.0)], Partition([0, 0.5, 1])))
+    experts = [Constant(1.0), Constant(2.0)]
+    logit = RoutedLogit(RoutedExperts(experts, Partition([0, 0.5, 1])))
     x_t, t = torch.tensor([[1.0, 2.0]] * 4), torch.tensor([99, 49, 50, 0])
     assert logit(x_t, t).tolist() == [6, 3, 6, 3]
+    assert logit(x_t, torch.full((4,), 99)).tolist() == [6, 6, 6, 6]
+    assert experts[1].given[-1] is x_t  # of one owner nothing is gathered
 
 
 def test_networks_make_one_number_an_item():
@@ -186,6 +201,14 @@ def fit(root, samples, *options) -> int:
     )  # fmt: skip
 
 
+# Steps that grow from 0.001 to 10 spoil the weights, so that the last are not the best.
+SPOIL = [
+    "--model.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR",
+    "--model.lr_scheduler.gamma=1.08",
+    "--ema.decay=0",
+]
+
+
 def held_out(folder) -> list[float]:
     key = "val/bce/0"
     return [line[key] for line in read_metrics(folder / "metrics.jsonl") if key in line]
@@ -210,10 +233,7 @@ def test_shuffled_labels_teach_nothing(tmp_path, samples):
 
 
 def test_the_best_weights_are_stitched_and_count_as_the_whole_run(trained, samples, tmp_path):
-    # Steps that grow from 0.001 to 10 spoil them, so that the last checkpoint is not the best.
-    grow = ["--model.lr_scheduler=torch.optim.lr_scheduler.ExponentialLR"]
-    spoil = [*grow, "--model.lr_scheduler.gamma=1.08", "--ema.decay=0"]
-    assert fit(tmp_path, samples, *spoil) == 0
+    assert fit(tmp_path, samples, *SPOIL) == 0
     run = tmp_path / "d/discriminator-0"
     bce = held_out(run)
     assert min(bce) < bce[-1]
@@ -224,6 +244,33 @@ def test_the_best_weights_are_stitched_and_count_as_the_whole_run(trained, sampl
     assert torch.equal(best["state_dict"]["best"], torch.tensor(min(bce)))
 
 
+def test_a_kill_after_the_best_validation_does_not_cost_its_weights(samples, tmp_path, monkeypatch):
+    def killed(self, batch, batch_idx):
+        if self.trainer.global_step == 50:  # the checkpoint of 40 is of before its validation
+            raise RuntimeError("killed")
+        return step(self, batch, batch_idx)
+
+    step = Discrimination.training_step
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="killed"):
+        patch.setattr(Discrimination, "training_step", killed)
+        fit(tmp_path, samples, *SPOIL)
+    assert fit(tmp_path, samples, *SPOIL) == 0
+    run = tmp_path / "d/discriminator-0"
+    bce = held_out(run)
+    assert len(bce) == 3 and min(bce) == bce[0]
+    best = checkpoints.load(run / "best.ckpt")
+    assert best["global_step"] == 40 and best["state_dict"]["best"] == bce[0]
+
+
+def test_a_kill_while_the_best_weights_are_written_does_not_stop_the_run(samples, tmp_path):
+    stop = ["--trainer.max_steps=40", "--model.lr_scheduler.T_max=120"]
+    assert fit(tmp_path, samples, *stop) == 0
+    path = tmp_path / "d/discriminator-0/best.ckpt"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert fit(tmp_path, samples, stop[1]) == 0
+    assert checkpoints.load(path)["global_step"] > 40
+
+
 def test_resumes_with_the_same_bits(trained, samples, tmp_path):
     stop = ["--trainer.max_steps=60", "--model.lr_scheduler.T_max=120"]
     assert fit(tmp_path, samples, *stop) == 0
@@ -232,6 +279,23 @@ def test_resumes_with_the_same_bits(trained, samples, tmp_path):
     a, b = (Expert.read(part).weights for part in parts)
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     assert held_out(parts[0])[-1] == held_out(parts[1])[-1]
+
+
+def test_the_best_loss_can_be_handed_to_other_ranks():
+    method = Discrimination(
+        network=MLPLogit(8, 1), process=CHAIN, weighting=Simple(), partition=Partition([0, 1])
+    )
+    method._trainer = SimpleNamespace(
+        strategy=SimpleNamespace(reduce=lambda sums, reduce_op: sums),
+        state=SimpleNamespace(fn=TrainerFn.FITTING),
+        default_root_dir="",
+        save_checkpoint=lambda path: None,
+    )
+    with torch.inference_mode():
+        method.on_validation_start()
+        method._sums += torch.tensor([3.0, 4.0])
+        method.on_validation_end()
+    assert method.best == 0.75 and not method.best.is_inference()
 
 
 def wrong(trained) -> Denoiser:

@@ -11,6 +11,7 @@ from conftest import TINY
 from test_training import SignalAt, assert_equal, weights
 
 from expertdiff import checkpoints
+from expertdiff.analysis import merging
 from expertdiff.analysis.merging import Loss, Samples, search
 from expertdiff.bundle import Bundle, Expert, Merger
 from expertdiff.cli import main
@@ -160,6 +161,15 @@ class TestMerging:
         by = Samples(origin, Digits(), protocol)
         found = by(Bundle.load(tmp_path / "merged").denoiser)
         assert found <= min(by(merger.merged(s).denoiser()) for s in ([0, 0], [0.5, 0.5]))
+
+    def test_a_folder_that_cannot_be_written_is_refused_before_any_search(
+        self, tuned, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(merging, "search", lambda *_: pytest.fail("searched"))
+        first, *experts = map(str, tuned)
+        arguments = ["merge", *experts, "--origin", first, "--output=/dev/null/x", "--data=Digits"]
+        assert main(arguments) == 73
+        assert "/dev/null/x cannot be written" in capsys.readouterr().err
 
     def test_it_finds_planted_shares(self, merger):
         goal = merger.weights([0.4, -0.2])

@@ -234,12 +234,23 @@ def test_sets_too_small_for_a_number_go_without_it_and_say_so():
     assert left_out == "left out: IS, which needs 10 samples and weights with their classifier"
     numbers, left_out = told(inception, many, few)
     assert numbers == {"FID", "sFID", "IS"}
-    assert left_out.startswith("left out: KID, precision and recall, which need 4 images on both")
+    missing = "left out: KID, precision and recall, which need 4 to 200,000 images on both sides"
+    assert left_out.startswith(missing)
     numbers, left_out = told(inception, few, Summary(y.pool))
     assert numbers == {"FID"}
     assert all(
         name in left_out for name in (": sFID, which needs mu_s and sigma_s", "; IS", "; KID")
     )
+
+
+def test_sets_too_large_for_pairs_go_without_them_and_say_so(monkeypatch):
+    inception, x = Projected(), images(30, 3, 8, 8)
+    monkeypatch.setattr(module, "MANY", 20)
+    many, few = (inception.summary(inception(part)) for part in (x[:21], x[:20]))
+    assert many.manifold is None and len(few.manifold.features) == 20
+    numbers, left_out = told(inception, few, many)
+    assert numbers == {"FID", "sFID", "IS"}
+    assert "KID, precision and recall, which need 4 to 20 images on both sides" in left_out
 
 
 def test_weights_without_classifier_give_no_inception_score(untrained, tmp_path):

@@ -43,6 +43,7 @@ from expertdiff.diffusion.exact import ExactDenoiser, Mixture
 from expertdiff.diffusion.partition import Partition
 from expertdiff.diffusion.process import VPSDE, CosineBetas, DiscreteVP, LinearBetas, NoiseProcess
 from expertdiff.experts.routed import RoutedExperts
+from expertdiff.files import Unusable
 from expertdiff.networks.ddpmpp import DDPMpp
 from expertdiff.networks.mlp import MLPDenoiser
 from expertdiff.networks.network import Network
@@ -207,6 +208,26 @@ def test_gradients_tell_which_steps_share_parameters(starts):
     assert affinity == pytest.approx((block[:, None] == block).astype(float), abs=1e-5)
     assert len(chosen.curves) == len(starts) + 1
     assert sum(np.array(curve.y) for curve in chosen.curves) == pytest.approx(np.ones(100))
+
+
+class Shifted(Blocks):
+    """As `Blocks`, and with a parameter of all steps that is not trained."""
+
+    def __init__(self, starts: tuple[int, ...]) -> None:
+        super().__init__(starts)
+        self.shift = nn.Parameter(torch.zeros(2), requires_grad=False)
+
+    def forward(self, x_t, t, y=None):
+        return super().forward(x_t, t) + self.shift
+
+
+def test_gradients_are_of_what_is_trained():
+    data, t, method = Given(torch.zeros(20, 2)), torch.tensor([10, 80]), GradientSimilarity(8)
+    found = [
+        method.affinity(bundle_of(network, shape=(2,)).denoiser, data, t)
+        for network in (Blocks((40,)), Shifted((40,)))
+    ]
+    assert found[0] == pytest.approx(np.eye(2), abs=1e-5) and np.array_equal(*found)
 
 
 def test_gradients_are_those_of_the_loss():
@@ -688,6 +709,12 @@ def test_a_bundle_of_another_process_or_other_data_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data shape: \[2\] != \[3\]"):
         select([LogSNR()], 3, SHORT, Given(normal(5, 3)), bundle, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_choice(monkeypatch):
+    monkeypatch.setattr(LogSNR, "__call__", lambda *_: pytest.fail("chosen"))
+    with pytest.raises(Unusable, match="/dev/null/x cannot be written"):
+        select([LogSNR()], 3, COSINE, Given(normal(5, 2)), None, Path("/dev/null/x"))
 
 
 def test_no_method_and_one_method_twice_are_refused(tmp_path):

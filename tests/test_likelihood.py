@@ -100,5 +100,9 @@ def test_the_verb_tells_bits(study, capsys):
     assert "bits a dimension" in told and "n = 3" in told
     assert main(["likelihood", bundle, "--data=Digits", "--samples=1"]) == 2
     assert "ask about 2 or more" in capsys.readouterr().err
+    for name in ("samples", "batch_size"):
+        assert main(["likelihood", bundle, "--data=Digits", f"--{name}=-5"]) == 2
+        said = capsys.readouterr().err
+        assert f"{name} -5" in said and "must be at least 1" in said
     assert main(["likelihood", bundle, "--data=Toy2D", "--data.density=Moons"]) == 2
     assert "name the data it was trained on" in capsys.readouterr().err

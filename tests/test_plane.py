@@ -14,7 +14,7 @@ from expertdiff.cli import main
 from expertdiff.evaluation.knn_kl import knn_kl_divergence
 from expertdiff.experts.gated import GatedExperts
 from expertdiff.files import read_json
-from expertdiff.tables import plan, score
+from expertdiff.tables import dualdiff, plan, score
 from expertdiff.tables.rows import Row
 
 ROOT = Path(__file__).parents[1]
@@ -163,6 +163,17 @@ def table(preset, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def own(tmp_path):
+    """A preset of 300 points of a file."""
+    np.savetxt(tmp_path / "own.csv", np.random.default_rng(0).normal(size=(300, 2)), delimiter=",")
+    block = f"{{class_path: expertdiff.data.PointsFile, init_args: {{path: {tmp_path}/own.csv}}}}"
+    text = PRESET.replace("sets: [moons]", f"sets: {{own: {block}}}")
+    path = tmp_path / "own.yaml"
+    path.write_text(text.partition("  dual:")[0] + "pairs: {}\n")
+    return path
+
+
 def read_rows(folder):
     return [Row(**row) for row in read_json(folder / "rows.json")]
 
@@ -215,6 +226,45 @@ class TestTable:
     def test_refusals(self, options, words, tmp_path, capsys):
         assert main(["table", "dualdiff", f"--output={tmp_path}", *options]) == 2
         assert words in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        "right, wrong, words",
+        [
+            ("betas: {class_path", "beta: {class_path", "unexpected keyword argument 'beta'"),
+            (
+                "T: 10}",
+                "T: 10}\nsampler: {init_args: {clip: false}}",
+                "'clip': False}}: 'class_path'",
+            ),
+            ("T: 10}", "T: 10}\nsampler: DDPM", "its sampler cannot be 'DDPM'"),
+            ("sets: [moons]", "sets: {own: Moons}", "'Moons': string indices"),
+            ("sets: [moons]", "sets: {own: {class_path: [Moons]}}", "{'class_path': ['Moons']}: "),
+            ("  baseline: {}", "  baseline: MLPDenoiser", "its model baseline cannot be 'MLPDen"),
+            ("reference: validation", "reference: test", "its reference 'test' is none of"),
+        ],
+    )
+    def test_mistakes_of_a_preset_are_told(self, right, wrong, words, tmp_path, capsys):
+        path = tmp_path / "own.yaml"
+        path.write_text(PRESET.replace(right, wrong))
+        assert main(["table", "dualdiff", f"--output={tmp_path}", f"--preset={path}"]) == 2
+        said = capsys.readouterr().err
+        assert f"{path} is not a preset (" in said and words in said and "see paper.yaml" in said
+
+    def test_own_points_have_as_many_fresh_ones_as_seeds_take(self, own, monkeypatch, capsys):
+        monkeypatch.setattr(dualdiff, "train", lambda *_: pytest.fail("trained"))
+        command = ["table", "dualdiff", f"--preset={own}", f"--output={own.parent / 'table'}"]
+        assert main(command) == 2
+        said = capsys.readouterr().err
+        assert "set own has 270 train points, and 2 seeds of fresh ones take 20,000" in said
+
+    def test_own_points_have_no_exact_denoiser(self, own, monkeypatch):
+        for name, value in (("SAMPLES", 60), ("LIKELIHOODS", 5)):
+            monkeypatch.setattr(score, name, value)
+        folder = own.parent / "table"
+        assert main(["table", "dualdiff", f"--preset={own}", f"--output={folder}"]) == 0
+        found = {row.model: row for row in read_rows(folder)}
+        assert list(found) == ["fresh", "baseline"]
+        assert "loss" in found["baseline"].scores and "excess" not in found["baseline"].scores
 
     @pytest.mark.parametrize("name", sorted(path.stem for path in plan.PRESETS.glob("*.yaml")))
     def test_every_preset_is_what_fit_takes(self, name, tmp_path):

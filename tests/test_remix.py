@@ -322,3 +322,12 @@ def test_more_refusals():
         Official(-1)
     with pytest.raises(ValueError, match="use Uniform"):
         method(timesteps=LossSecondMoment())
+
+
+def test_only_bases_that_were_trained_apart_are_refit(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save(MLPDenoiser(16, 2, T=1000).state_dict(), path)
+    with pytest.raises(ValueError, match="refit trains the coefficients of trained bases"):
+        method(init_from=path, refit=True)
+    torch.save(network().state_dict(), path)
+    assert method(init_from=path, refit=True).network.coefficients.weight.requires_grad

@@ -363,6 +363,8 @@ class TestAdaptive:
         [
             (["--model.lr_scheduler=CosineAnnealingLR", "--model.lr_scheduler.T_max=0"],
              "choose another lr_scheduler"),
+            (["--model.timesteps=CLTS", "--trainer.callbacks+=MDLRC"],
+             "goes by the length of the run (CLTS, MDLRC), because that is not known"),
             ([CHECKED], "or check_points []"),
             (["--study.evaluation=null"], "names no judge"),
             (["--study.evaluation.judge=null"], "names no judge"),

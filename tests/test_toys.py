@@ -19,12 +19,14 @@ from expertdiff.data import (
     Picture,
     Pinwheel,
     PointsFile,
+    RealAndGenerated,
     Rings,
     Spirals,
     Toy2D,
 )
 from expertdiff.data import densities as module
 from expertdiff.describe import build, describe
+from expertdiff.evaluation.kinds import kind
 
 GENERATED = [
     Checkerboard(),
@@ -252,6 +254,18 @@ def test_points_come_back_in_the_users_units(cloud):
     np.testing.assert_allclose(back[order], points[np.lexsort(points.T)], rtol=1e-9)
     mixture = density.mixture()
     assert np.array_equal(mixture.centres.numpy(), train) and not mixture.std.any()
+
+
+def test_coordinates_far_from_the_origin_stay_apart(tmp_path):
+    points = np.random.default_rng(0).normal(size=(200, 2)) * 10 + (4.5e5, 4.6e6)
+    density = PointsFile(write(tmp_path / "utm.csv", points))
+    data = Toy2D(density)
+    x, identity = data.split("train")[0], data.identity()
+    drawn = kind(identity).save(x, None, tmp_path, identity["scale"])
+    own = density.centre + density.unit * density.points("train", 1000)
+    np.testing.assert_allclose(module.read_points(drawn), own, rtol=0, atol=1e-5)
+    items, labels = RealAndGenerated(data, drawn).split("train")
+    torch.testing.assert_close(items[labels == 0], items[labels == 1], rtol=0, atol=1e-6)
 
 
 def test_a_first_line_of_numbers_is_a_point(tmp_path):

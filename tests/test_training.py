@@ -159,3 +159,20 @@ def test_losses_by_interval(tmp_path, fit):
     keys = {key for line in expert for key in line if "/mse/" in key}
     assert keys == {"val/mse/1", "train/mse/1"}
     assert [line["step"] for line in single if "train/loss" in line] == list(range(2, 17, 2))
+
+
+def test_the_loss_of_accumulated_batches_is_their_mean(tmp_path, fit):
+    assert fit("--trainer.accumulate_grad_batches=2", "--model.weighting=Simple") == 0
+    lines = read_metrics(tmp_path / "tiny" / "expert-0" / "metrics.jsonl")
+    lines = [line for line in lines if "train/loss" in line]
+    assert lines
+    for line in lines:
+        expected = line["train/mse/0"] + line["train/vb/0"]
+        assert line["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_interval_without_timesteps_is_refused_before_training(tmp_path, fit, capsys):
+    edges = "--model.partition.edges=[0,0.5,0.5001,1]"
+    assert fit("--model=Diffusion", edges) == 2
+    assert "interval (0.5, 0.5001] holds none of the 1000 timesteps" in capsys.readouterr().err
+    assert not (tmp_path / "tiny" / "baseline" / "checkpoints").exists()

@@ -25,11 +25,21 @@ class Rule:
         change: each of the next `changes` points changes by less than this.
         changes: how many.
         gap: and the first of them is nearer than this to the best of the whole training.
+
+    Raises:
+        ValueError: `changes` below 1, or another number that is not positive.
     """
 
     change: float = 0.1
     changes: int = 3
     gap: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.changes < 1 or not (self.change > 0 and self.gap > 0):
+            raise ValueError(
+                f"change {self.change} and gap {self.gap} must be positive, and changes "
+                f"{self.changes} at least 1"
+            )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from expertdiff.diffusion.objective import losses
 from expertdiff.diffusion.partition import Interval
 from expertdiff.diffusion.samplers import SampleNoise
 from expertdiff.evaluation.kinds import kind
+from expertdiff.files import writable
 from expertdiff.methods.base import validation_t
 from expertdiff.methods.stitched import Evaluation
 
@@ -59,6 +60,7 @@ def merge(
     check_output(Path(output), [first, *others])
     if shares is None:
         check_data(first.path, first.identity["data"], data.identity())
+        writable(Path(output))
         score = Samples(first, data, evaluation) if evaluation else Loss(data, loss_items)
         shares = search(merger, score, trials)
     for path, share in zip(experts, shares):

@@ -58,6 +58,12 @@ class Bundle:
         """What its files hold; loaded, all weights are float32."""
         return "int8" if "quantized_from" in self.manifest else "float32"
 
+    @property
+    def named(self) -> dict[str, str]:
+        """Its folder and the SHA-256 of its manifest, by which records tell it from others."""
+        digest = sha256_of(self.folder / "manifest.json")
+        return {"folder": str(self.folder), "manifest_sha256": digest}
+
     @classmethod
     def load(cls, folder: Path, lazy: bool = False) -> "Bundle":
         """The bundle in `folder`, on the CPU, in evaluation mode.

@@ -71,6 +71,8 @@ class LossByInterval(Callback):
         *flat, loss = told.tolist()
         sums = torch.tensor(flat).view_as(self._sums).tolist()
         loss /= trainer.world_size * len(pl_module.seeds)
+        # Lightning has divided that of each micro-batch by how many a step has.
+        loss *= trainer.accumulate_grad_batches
         speed = steps / (time.monotonic() - self._began)
         values = {"train/loss": loss, "steps_per_second": speed}
         values |= _by_interval(pl_module.error, "train", sums)

@@ -105,6 +105,10 @@ class Data(Described, LightningDataModule, ABC):
         """Items [N, ...] of a split as samples are when they are judged, on the CPU."""
         return self.split(name)[0]
 
+    def fresh(self, n: int) -> Tensor:
+        """The first `n` items of the split that is not the reference, as `real` gives them."""
+        return self.real(other(self.reference))[:n]
+
     def split(self, name: Literal["train", "validation", "reference"]) -> tuple[Tensor, Tensor]:
         """Items [N, *shape] and labels [N] int64 of a split, on the CPU; read once.
 
@@ -267,6 +271,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.batches)
+
+
+def other(split: Split) -> Split:
+    """The split that is not this one."""
+    return "train" if split == "validation" else "validation"
 
 
 def in_order(n: int, batch_size: int, rank: int, world_size: int) -> list[Draw]:

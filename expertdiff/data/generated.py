@@ -67,7 +67,8 @@ class RealAndGenerated(Data):
             )
         if len(self.shape) == 1:
             scale, points = data["scale"], torch.from_numpy(read_points(Path(self.generated)))
-            items = ((points - torch.tensor(scale["centre"])) / scale["unit"]).float()
+            centre = torch.tensor(scale["centre"], dtype=points.dtype)
+            items = ((points - centre) / scale["unit"]).float()
         else:
             items = load_npz(Path(self.generated))[0]
         if tuple(items.shape[1:]) != self.shape:

@@ -125,7 +125,8 @@ class Discriminated(Denoiser):
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         plain = self.denoiser(x_t, t, y)
-        alpha, sigma = (expand(c, x_t) for c in self.process.alpha_sigma(t.to(x_t.device)))
+        moved = t.to(x_t.device, non_blocking=True)
+        alpha, sigma = (expand(c, x_t) for c in self.process.alpha_sigma(moved))
         push = self.weight * sigma * self._gradient(x_t, t)
         # Both are moved, as x_t = alpha x0 + sigma eps.
         return replace(plain, x0=plain.x0 + sigma / alpha * push, eps=plain.eps - push)

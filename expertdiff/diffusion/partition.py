@@ -1,5 +1,6 @@
 """Who owns which part of the chain: the only place that decides it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -47,8 +48,10 @@ class Partition(Described):
     edges: Sequence[float]
 
     def __post_init__(self) -> None:
-        # Through fractions, so that 0.1 + 0.2 and 0.3 are the same edge.
-        edges = [float(_exact(edge)) for edge in self.edges]
+        edges = []
+        if all(map(math.isfinite, self.edges)):
+            # Through fractions, so that 0.1 + 0.2 and 0.3 are the same edge.
+            edges = [float(_exact(edge)) for edge in self.edges]
         increasing = all(lo < hi for lo, hi in zip(edges, edges[1:]))
         if len(edges) < 2 or edges[0] != 0 or edges[-1] != 1 or not increasing:
             raise ValueError(

@@ -115,7 +115,8 @@ class UniformLogSNR(TimestepSampler):
     ) -> tuple[Tensor, Tensor]:
         device = generator.device
         u = torch.rand(n, generator=generator, device=device)
-        ends = process.times(torch.tensor([0, 1 - 2**-24], device=device), interval)
+        # Not a tensor of the host, which would wait for the GPU.
+        ends = process.times(torch.linspace(0, 1 - 2**-24, 2, device=device), interval)
         first, last = process.snr(ends).log()
         # Rounding must not hand a t to the neighbour.
         t = process.at_log_snr(first + u * (last - first)).clamp(*ends.aminmax())

@@ -17,7 +17,7 @@ BATCH = 100
 """Images whose features are computed at a time."""
 
 MANY = 200_000
-"""Images up to which all features are kept on the device: 3.3 GB of Inception's."""
+"""Images up to which features stay on the device, 3.3 GB of Inception's, and pairs are compared."""
 
 
 class FeatureExtractor(Judge, ABC):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from expertdiff.evaluation.cache import CACHE, Values, cached, digest_of
-from expertdiff.evaluation.features import FeatureExtractor, check_shape, named, warn_of_few
+from expertdiff.evaluation.features import MANY, FeatureExtractor, check_shape, named, warn_of_few
 from expertdiff.evaluation.fidelity import SPLITS, inception_score, kernel_distance
 from expertdiff.evaluation.frechet import Statistics, frechet_distance
 from expertdiff.evaluation.judge import Reference
@@ -47,7 +47,8 @@ class Summary:
     Attributes:
         pool: statistics of pool_3.
         spatial: statistics of the spatial features.
-        manifold: pool_3 of every image, as balls; ``None`` also of fewer than 4 images.
+        manifold: pool_3 of every image, as balls; ``None`` also of fewer than 4 images, or of more
+            than 200,000, whose pairs would take hours.
         score: the Inception Score; ``None`` also of fewer than 10 images, or without classifier.
     """
 
@@ -150,7 +151,7 @@ class Inception(FeatureExtractor):
         return Summary(
             Statistics.of(pool),
             Statistics.of(features[:, POOL:]),
-            Manifold.of(pool, self._distance) if len(pool) > K else None,
+            Manifold.of(pool, self._distance) if K < len(pool) <= MANY else None,
             inception_score(pool, network.fc.weight),
         )
 
@@ -228,8 +229,7 @@ def _left_out(samples: Summary, reference: Summary) -> list[str]:
     reasons = {
         "sFID, which needs mu_s and sigma_s in a file of statistics": reference.spatial,
         f"IS, which needs {SPLITS} samples and weights with their classifier": samples.score,
-        f"KID, precision and recall, which need {K + 1} images on both sides, not statistics": (
-            samples.manifold and reference.manifold
-        ),
+        f"KID, precision and recall, which need {K + 1} to {MANY:,} images on both sides, not "
+        "statistics": samples.manifold and reference.manifold,
     }
     return [reason for reason, held in reasons.items() if held is None]

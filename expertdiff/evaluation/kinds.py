@@ -118,7 +118,9 @@ class PointKind(Kind):
 
     def save(self, samples: Tensor, labels: Tensor | None, folder: Path, scale: Any) -> Path:
         path = folder / "samples.csv"
-        save_points(torch.tensor(scale["centre"]) + scale["unit"] * samples, path)
+        # In float64: far from the origin, float32 has no digits left for what lies between points.
+        centre = torch.tensor(scale["centre"], dtype=torch.float64)
+        save_points(centre + scale["unit"] * samples.double(), path)
         return path
 
 

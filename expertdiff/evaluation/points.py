@@ -121,12 +121,12 @@ def mode_coverage(samples: Points, modes: Mixture) -> dict[str, float]:
 
 
 def save_points(points: Points, path: Path) -> None:
-    """Points [n, 2] as CSV with the header ``x,y``; 9 digits, which is all of a float32.
+    """Points [n, 2] as CSV with the header ``x,y``; 17 digits, which is all of a float64.
 
     Raises:
         ValueError: not [n, 2], or not finite.
     """
-    table = dict(fmt="%.9g", delimiter=",", header="x,y", comments="", encoding="utf-8")
+    table = dict(fmt="%.17g", delimiter=",", header="x,y", comments="", encoding="utf-8")
     array = _plane(points)
     with replacing(path) as temporary:
         np.savetxt(temporary, array, **table)

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn import functional
 
@@ -46,8 +46,9 @@ class Adversarial(Diffusion, ABC):
         kwargs: see `Method`; `optimizer` is an Adam.
 
     Raises:
-        ValueError: a negative strength or learning rate, an optimizer without betas, or several
-            seeds with a critic that cannot be stacked. Later: a critic that cannot take the data.
+        ValueError: a negative strength or learning rate, a flow in front of the network, an
+            optimizer without betas, or several seeds with a critic that cannot be stacked. Later: a
+            critic that cannot take the data.
     """
 
     def __init__(
@@ -61,7 +62,12 @@ class Adversarial(Diffusion, ABC):
         super().__init__(**kwargs)
         if strength < 0 or critic_lr < 0:
             raise ValueError(f"strength {strength} and critic_lr {critic_lr} must not be negative")
-        optimizer = self.optimizer([nn.Parameter(torch.zeros(()))])
+        if self.denoiser.flow:
+            raise ValueError(
+                "what the critic sees and the network learns must be about the data, not about "
+                "what a flow makes of them: train a network without a flow"
+            )
+        optimizer = self._optimizer_of_nothing()
         if "betas" not in optimizer.defaults:
             raise ValueError(
                 f"{type(optimizer).__name__} has no betas for the critic: use Adam or AdamW"

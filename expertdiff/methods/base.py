@@ -99,7 +99,9 @@ class Method(LightningModule, ABC):
         if self.init_from:
             for member in networks:
                 _start(member, prediction, self.init_from)
-            self.init_from = replace(self.init_from, weights={})
+            # Their names and shapes remain: the numbers would be in memory twice.
+            weights = {key: value.to("meta") for key, value in self.init_from.weights.items()}
+            self.init_from = replace(self.init_from, weights=weights)
         if seeds is None:
             self.denoiser = NetworkDenoiser(*networks, process, prediction)
         else:
@@ -130,13 +132,28 @@ class Method(LightningModule, ABC):
     def setup(self, stage: str) -> None:
         self._fit_together()
         if stage == "fit":
-            if isinstance(self.denoiser, StackedDenoiser) and self.trainer.precision == "16-mixed":
-                raise ValueError("seeds cannot be trained side by side in 16-mixed: use bf16-mixed")
+            if self.trainer.precision == "16-mixed":
+                self._check_float16()
+            for interval in self._validated.values():
+                # Refuses one without timesteps, and not after hours.
+                self.process.times(torch.zeros(1), interval)
             self._warn_of_the_end()
             self._tell_sizes()
         if self.trainer.strategy.root_device.type == "cuda":
             # What tensor cores want; on a CPU it gains nothing in training.
             self.network.to(memory_format=torch.channels_last)
+
+    def _check_float16(self) -> None:
+        """Raises a ValueError for what gradients in float16, which are scaled, do not allow."""
+        if isinstance(self.denoiser, StackedDenoiser):
+            raise ValueError("seeds cannot be trained side by side in 16-mixed: use bf16-mixed")
+        optimizer, most = self._optimizer_of_nothing(), self.trainer.gradient_clip_val
+        # A fused one has scaled gradients until it has stepped.
+        if most and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                f"gradients cannot be clipped (gradient_clip_val {most}) in 16-mixed with a fused "
+                f"{type(optimizer).__name__}: use bf16-mixed, or set model.optimizer.fused to false"
+            )
 
     @torch.no_grad()
     def _fit_together(self) -> None:
@@ -219,10 +236,7 @@ class Method(LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        by_norm = gradient_clip_algorithm in (None, "norm") and (gradient_clip_val or 0) > 0
-        # A fused optimizer in float16 has scaled gradients until it steps: Lightning refuses that.
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        if by_norm and not (fused and self.trainer.precision == "16-mixed"):
+        if gradient_clip_algorithm in (None, "norm") and (gradient_clip_val or 0) > 0:
             # The norm of the model alone, without what a method trains beside it.
             self.denoiser.clip_gradients(gradient_clip_val)
         else:
@@ -285,6 +299,12 @@ class Method(LightningModule, ABC):
         """What a method adds to the loss of each seed, [S], for its prediction at t [B]."""
         return 0.0
 
+    @property
+    def _validated(self) -> dict[int, Interval]:
+        """The intervals of the partition that this job covers, by their numbers."""
+        intervals = enumerate(self.partition.intervals())
+        return {i: interval for i, interval in intervals if self.interval.contains(interval)}
+
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[int, tuple[Tensor, Tensor]]:
         """mse [B] and vb [B] by interval, at a fixed t and eps for each (image, interval).
 
@@ -294,10 +314,9 @@ class Method(LightningModule, ABC):
         batch = Batch(*(part.repeat(len(self.seeds), *[1] * (part.ndim - 1)) for part in batch))
         eps = SampleNoise(0, batch.index.tolist(), batch.x0.shape[1:], self.device)(0)
         result = {}
-        for i, interval in enumerate(self.partition.intervals()):
-            if self.interval.contains(interval):
-                t = validation_t(self.process, batch.index, interval)
-                result[i] = tuple(self.losses(batch, t, eps)[0])
+        for i, interval in self._validated.items():
+            t = validation_t(self.process, batch.index, interval)
+            result[i] = tuple(self.losses(batch, t, eps)[0])
         return result
 
     def predict_x0(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -336,7 +355,7 @@ class Method(LightningModule, ABC):
 
     def run_identity(self) -> dict[str, Any]:
         """Whatever changes the bits of a run, except how long it goes on."""
-        optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(()))])
+        optimizer = self._optimizer_of_nothing()
         scheduler = self._scheduler(optimizer)
         paced = [describe(c) for c in self.trainer.callbacks if isinstance(c, Described)]
         return self.identity() | {
@@ -354,6 +373,10 @@ class Method(LightningModule, ABC):
             "callbacks": paced or None,
             "paced_by": self.trainer.max_steps if paced or self.timesteps.paced else None,
         }
+
+    def _optimizer_of_nothing(self) -> torch.optim.Optimizer:
+        """One like that of the training, to be asked for its settings."""
+        return self.optimizer([torch.nn.Parameter(torch.zeros(()))])
 
     def identity(self) -> dict[str, Any]:
         """What these weights are: plain data, kept in every checkpoint and bundle."""

@@ -8,12 +8,16 @@ import torch.nn.functional as F
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from expertdiff.checkpoints import BEST
+from expertdiff import checkpoints
+from expertdiff.checkpoints import AVERAGED, BEST
 from expertdiff.data.base import Batch
 from expertdiff.diffusion.denoiser import Logit
 from expertdiff.diffusion.objective import Losses
 from expertdiff.diffusion.timesteps import UniformLogSNR
 from expertdiff.methods.mdm import MDM
+
+NONE = torch.finfo(torch.float32).max
+"""The cross-entropy of no weights at all: finite, as all weights must be."""
 
 
 class Discrimination(MDM):
@@ -42,8 +46,8 @@ class Discrimination(MDM):
             init_from=None,
             **kwargs,
         )
-        # A buffer, so that a resumed run knows it; finite, as all weights must be.
-        self.register_buffer("best", torch.tensor(torch.finfo(torch.float32).max))
+        # A buffer, so that a resumed run knows it.
+        self.register_buffer("best", torch.tensor(NONE))
 
     @property
     def job(self) -> str:
@@ -58,6 +62,20 @@ class Discrimination(MDM):
         bce = F.binary_cross_entropy_with_logits(logit, batch.y.float(), reduction="none")
         return Losses(bce, torch.zeros_like(bce)), None
 
+    def on_train_start(self) -> None:
+        # As the file has it, because a checkpoint is of before the validation of its step.
+        try:
+            kept = checkpoints.load(self._file)
+        except ValueError:  # there is none, or a kill came while it was written
+            self.best.fill_(NONE)
+            return
+        if kept["global_step"] <= self.trainer.global_step:  # else it is of an abandoned branch
+            self.best.copy_(kept[AVERAGED]["best"])
+
+    @property
+    def _file(self) -> Path:
+        return Path(self.trainer.default_root_dir) / BEST
+
     def on_validation_start(self) -> None:
         self._sums = torch.zeros(2, device=self.device)
 
@@ -70,5 +88,5 @@ class Discrimination(MDM):
     def on_validation_end(self) -> None:  # after the callbacks', when all weights are back
         total, count = self.trainer.strategy.reduce(self._sums, reduce_op="sum")
         if self.trainer.state.fn == TrainerFn.FITTING and total / count < self.best:
-            self.best = total / count
-            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / BEST)
+            self.best.copy_(total / count)
+            self.trainer.save_checkpoint(self._file)

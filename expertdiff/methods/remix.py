@@ -9,7 +9,7 @@ from expertdiff.data.base import Batch, permutation
 from expertdiff.describe import Described, describe, differences
 from expertdiff.diffusion.denoiser import Prediction
 from expertdiff.diffusion.partition import Interval
-from expertdiff.experts.remixed import Remixed, Softmax
+from expertdiff.experts.remixed import TABLE, Remixed, Softmax
 from expertdiff.methods.single import Diffusion
 
 
@@ -104,9 +104,8 @@ class Remix(Diffusion):
 
     def _freeze(self) -> None:
         coefficients = self.network.coefficients
-        start = self.init_from.identity.get("network") if self.init_from else None
-        plain = start is not None and "mixer" not in start["init_args"]
-        if self.init_from is None or plain or not coefficients.mixer.learns:
+        mixed = self.init_from is not None and TABLE in self.init_from.weights
+        if not (mixed and coefficients.mixer.learns):
             raise ValueError(
                 "refit trains the coefficients of trained bases: name these by init_from, and use "
                 f"a mixer that learns, not {type(coefficients.mixer).__name__}"

@@ -209,7 +209,7 @@ class Stitched(LightningModule):
             "extractor": self._judge.identity,
             "precision": str(self.trainer.precision),
             "weights": bundle.weights,
-            "ema_decay": experts[0]["identity"]["ema"]["decay"],
+            "ema_decay": experts[0]["identity"].get("ema", {}).get("decay"),
             "data": type(self.trainer.datamodule).__name__,
             "data_sha256": self.trainer.datamodule.identity()["digest"],
             "steps": {x["identity"]["job"]: x["step"] for x in experts},
@@ -246,8 +246,7 @@ class Stitched(LightningModule):
     def _summaries(self) -> tuple[Reference, Any]:
         """The reference, and of as many real items of the other split as are drawn: a floor."""
         data = self.trainer.datamodule
-        other = "train" if data.reference == "validation" else "validation"
-        items, fresh = data.real("reference"), data.real(other)[: self.evaluation.samples]
+        items, fresh = data.real("reference"), data.fresh(self.evaluation.samples)
         self._fresh = len(fresh)
         reference = self._judge.reference(data.reference, items, self.device)
         return reference, self._judge.real(fresh, self.device)

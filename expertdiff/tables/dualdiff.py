@@ -26,7 +26,7 @@ from expertdiff.tables.page import write_page
 from expertdiff.tables.pictures import animate
 from expertdiff.tables.plan import Cell, Plan
 from expertdiff.tables.rows import SCORES, Row
-from expertdiff.tables.score import POINTS, SAMPLES, Bench
+from expertdiff.tables.score import POINTS, SAMPLES, Bench, check_fresh
 
 
 def table(
@@ -57,8 +57,8 @@ def table(
     """
     folder = output or Path("runs") / f"{name}-{Path(preset).stem}"
     plan = Plan(preset, folder, sets, models, schedules, seeds, steps)
-    for density in plan.sets.values():
-        density.points("train", 1)  # a missing file is told now, not after hours of training
+    for set_, density in plan.sets.items():  # told now, not after hours of training
+        check_fresh(set_, density, plan.reference, len(plan.seeds))
     groups = plan.groups()
     train([cell for group in groups for cell in group], parallel)
     rows: list[Row] = []
@@ -116,7 +116,7 @@ class Scoring:
         self.changed = False
 
     def rows(self) -> list[Row]:
-        """Fresh points, the exact denoiser where the density is known, and every model."""
+        """Fresh points, the exact denoiser where the density has a width, and every model."""
         floors = [self._row("fresh", self._fresh, {"seeds": self.plan.seeds})]
         if self.bench.exact is not None:
             of = {"process": describe(self.bench.process)}

@@ -5,17 +5,32 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import yaml
 
 from expertdiff.data import densities
+from expertdiff.data.base import Split
 from expertdiff.data.densities import Density
 from expertdiff.describe import VARIADIC, build, describe
 from expertdiff.diffusion.process import DiscreteVP
 from expertdiff.diffusion.samplers import Sampler
 
+T = TypeVar("T")
+
 PRESETS = Path(__file__).parent
+
+KEYS = {
+    "sets": (list, dict),
+    "seeds": list,
+    "schedules": dict,
+    "base": dict,
+    "models": dict,
+    "pairs": dict,
+    "reference": str,
+    "sampler": dict,
+}
+"""What a preset must say, and as what."""
 
 BASE = (
     ("study", "iterations"),
@@ -59,7 +74,7 @@ class Plan:
         steps: of training; ``None`` is the preset's.
 
     Raises:
-        ValueError: no such preset, set, model or schedule, or no seed.
+        ValueError: no such preset, set, model or schedule, no seed, or a preset with a mistake.
     """
 
     def __init__(
@@ -77,15 +92,15 @@ class Plan:
         self.seeds = list(facts["seeds"] if seeds is None else seeds)
         if not 1 <= len(set(self.seeds)) == len(self.seeds) <= 10:
             raise ValueError(f"seeds {self.seeds} must be different, and one to ten")
-        self.sets = _densities(facts["sets"], sets)
+        self.sets = _densities(preset, facts["sets"], sets)
         self.processes = {
-            name: build(block, DiscreteVP)
+            name: _built(preset, block, DiscreteVP)
             for name, block in _taken("schedule", facts["schedules"], schedules).items()
         }
         self.models = _taken("model", facts["models"], models)
         self.pairs: dict[str, str] = facts["pairs"]
         self.reference: str = facts["reference"]
-        self.sampler = build(facts["sampler"], Sampler)
+        self.sampler = _built(preset, facts["sampler"], Sampler)
         self.base = facts["base"]
         if steps is not None:
             self.base = laid_over(self.base, {"study": {"iterations": steps}})
@@ -152,12 +167,12 @@ def laid_over(under: Any, over: Any) -> Any:
 
 
 def _densities(
-    known: dict[str, Any] | Sequence[str], wanted: Sequence[str] | None
+    preset: str, known: dict[str, Any] | Sequence[str], wanted: Sequence[str] | None
 ) -> dict[str, Density]:
     """The sets by name; a preset may give its own, as blocks of class and arguments."""
     blocks = known if isinstance(known, dict) else {}
     return {
-        name: build(blocks[name], Density) if name in blocks else density(name)
+        name: _built(preset, blocks[name], Density) if name in blocks else density(name)
         for name in wanted or known
     }
 
@@ -167,6 +182,14 @@ def _taken(what: str, known: dict[str, Any], wanted: Sequence[str] | None) -> di
         if name not in known:
             raise ValueError(f"{name!r} is no {what} of the preset: choose from {', '.join(known)}")
     return {name: known[name] for name in wanted or known}
+
+
+def _built(preset: str, block: Any, base: type[T]) -> T:
+    """As `build`, of a block that a user wrote: it may be anything."""
+    try:
+        return build(block, base)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(_no_preset(preset, f"{block!r}: {error}")) from error
 
 
 def _read(preset: str) -> dict[str, Any]:
@@ -183,12 +206,27 @@ def _read(preset: str) -> dict[str, Any]:
         if "like" in facts:
             like = _read(facts.pop("like"))
             facts = like | facts | {"base": laid_over(like["base"], facts.get("base", {}))}
-        keys = "sets seeds schedules base models pairs reference sampler".split()
-        if absent := [key for key in keys if key not in facts]:
-            raise ValueError(f"it has no {', '.join(absent)}")
-        for part, key in BASE:
-            facts["base"][part][key]
+        _check(facts)
     except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} is not a preset ({reason}): see paper.yaml") from error
+        raise ValueError(_no_preset(path, str(error))) from error
     return facts
+
+
+def _check(facts: dict[str, Any]) -> None:
+    """Raises an error unless a preset says all that it must, as it must."""
+    if absent := [key for key in KEYS if key not in facts]:
+        raise ValueError(f"it has no {', '.join(absent)}")
+    for key, kind in KEYS.items():
+        if not isinstance(facts[key], kind):
+            raise ValueError(f"its {key} cannot be {facts[key]!r}")
+    for name, over in facts["models"].items():
+        if not isinstance(over or {}, dict):
+            raise ValueError(f"its model {name} cannot be {over!r}")
+    if facts["reference"] not in get_args(Split):
+        raise ValueError(f"its reference {facts['reference']!r} is none of {get_args(Split)}")
+    for part, key in BASE:
+        facts["base"][part][key]
+
+
+def _no_preset(preset: str | Path, reason: str) -> str:
+    return f"{preset} is not a preset ({' '.join(reason.split())}): see paper.yaml"

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from expertdiff.bundle import Bundle
 from expertdiff.describe import describe, differences
+from expertdiff.devices import accelerator
 from expertdiff.diffusion.denoiser import Denoiser
 from expertdiff.diffusion.partition import Partition
 from expertdiff.experts.routed import RoutedExperts
-from expertdiff.files import sha256_of
 from expertdiff.methods.stitched import Evaluation, Stitched
 
 
@@ -52,7 +52,11 @@ class Pair:
             self.models |= {f"A with B in {part}": [i] for i, part in enumerate(intervals)}
         self._stitched = Stitched(a.folder, protocol)
         self._trainer = Trainer(
-            devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+            devices=1,
+            accelerator=accelerator(),
+            logger=False,
+            enable_checkpointing=False,
+            enable_model_summary=False,
         )
 
     @property
@@ -82,8 +86,8 @@ class Pair:
     def description(self) -> dict[str, Any]:
         """What is compared and how it is drawn, as plain data."""
         return {
-            "a": _named(self.a),
-            "b": _named(self.b),
+            "a": self.a.named,
+            "b": self.b.named,
             "partition": list(self.partition.edges),
             "calls": self.calls(),
             "sampler": describe(self.protocol.sampler),
@@ -112,8 +116,3 @@ def _common(bundle: Bundle) -> dict[str, Any]:
         "num_classes": bundle.num_classes,
         "process": shared["process"],
     }
-
-
-def _named(bundle: Bundle) -> dict[str, str]:
-    digest = sha256_of(bundle.folder / "manifest.json")
-    return {"folder": str(bundle.folder), "manifest_sha256": digest}

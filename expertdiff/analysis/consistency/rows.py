@@ -43,7 +43,11 @@ class Row:
 
 
 def compared(
-    pair: Pair, drawn: dict[str, Tensor], likeness: Likeness, data: Data | None
+    pair: Pair,
+    drawn: dict[str, Tensor],
+    likeness: Likeness,
+    data: Data | None,
+    training: Tensor | None,
 ) -> list[Row]:
     """One row a set of samples, then the controls.
 
@@ -53,7 +57,8 @@ def compared(
         pair: the models.
         drawn: their samples.
         likeness: how these are compared.
-        data: whose training items are searched for the nearest, if any.
+        data: whose items they are compared with, too, if any.
+        training: those of its training items [M, ...] that are searched for the nearest.
     """
     sets = {name: likeness.features(samples) for name, samples in drawn.items()}
     # One mean for all, so that every cosine is of the same features.
@@ -66,11 +71,16 @@ def compared(
     for row in rows:
         row.to_a = likeness.pairs(sets[row.name], sets["A"])
         row.to_b = likeness.pairs(sets[row.name], sets["B"])
-    return rows if data is None else with_nearest(rows, sets, likeness, data, mean)
+    return rows if data is None else with_nearest(rows, sets, likeness, data, training, mean)
 
 
 def with_nearest(
-    rows: Sequence[Row], sets: dict[str, Tensor], likeness: Likeness, data: Data, mean: Tensor
+    rows: Sequence[Row],
+    sets: dict[str, Tensor],
+    likeness: Likeness,
+    data: Data,
+    training: Tensor,
+    mean: Tensor,
 ) -> list[Row]:
     """The rows, where A and B are also compared with the nearest training items.
 
@@ -80,15 +90,16 @@ def with_nearest(
         rows: of A, of B and of others.
         sets: the features [N, D] of A and B, less their mean.
         likeness: how they are compared.
-        data: the items.
+        data: see `compared`.
+        training: see `compared`.
         mean: [D], taken off the features of all items.
     """
     rows = [*rows, Row(HELD_OUT)]
     held_out = data.real("validation")
     asked = {name: sets[name] for name in ("A", "B")}
     asked[HELD_OUT] = likeness.features(held_out[: len(sets["A"])]) - mean
-    training = (features - mean for features in _training(data, likeness))
-    values = likeness.nearest(torch.cat(list(asked.values())), training)
+    parts = (features - mean for features in _parts(training, data.flip, likeness))
+    values = likeness.nearest(torch.cat(list(asked.values())), parts)
     nearest = dict(zip(asked, values.split([len(features) for features in asked.values()])))
     for row in rows:
         if row.name in nearest:
@@ -96,11 +107,10 @@ def with_nearest(
     return rows
 
 
-def _training(data: Data, likeness: Likeness) -> Iterator[Tensor]:
-    """Features of all training items, and of their mirror images where training sees these."""
-    items = data.real("train")
-    for part in tqdm(items.split(PART), desc="training items", leave=False):
-        for flip in (False, True) if data.flip else (False,):
+def _parts(training: Tensor, flips: bool, likeness: Likeness) -> Iterator[Tensor]:
+    """Features of training items, and of their mirror images where training sees these."""
+    for part in tqdm(training.split(PART), desc="training items", leave=False):
+        for flip in (False, True) if flips else (False,):
             yield likeness.features(part.flip(-1) if flip else part)
 
 

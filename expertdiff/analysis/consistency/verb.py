@@ -7,12 +7,12 @@ from expertdiff.analysis.consistency.likeness import Cosine, Distance
 from expertdiff.analysis.consistency.pair import Pair
 from expertdiff.analysis.consistency.picture import picture
 from expertdiff.analysis.consistency.rows import compared, table
-from expertdiff.bundle import Bundle
+from expertdiff.bundle import Bundle, check_data
 from expertdiff.data.base import Data
 from expertdiff.diffusion.samplers import DDIM, Sampler
 from expertdiff.evaluation.features import FeatureExtractor, Pixels
 from expertdiff.evaluation.kinds import PointKind, kind
-from expertdiff.files import replacing, write_json
+from expertdiff.files import replacing, writable, write_json
 from expertdiff.methods.stitched import Evaluation
 
 
@@ -46,7 +46,7 @@ def consistency(
         edges: of the intervals, from 0 to 1; by default all edges of the two bundles, of which two
             single networks have none.
         data: also compare with the nearest training items of these data, and tell how near held-out
-            items come.
+            items come; of latents, with the pictures that their folder has kept.
         batch_size: samples at a time; by default 64 images or 10,000 points.
         output: folder of ``consistency.json`` and ``consistency.png``; by default
             ``<a>/consistency``.
@@ -70,32 +70,30 @@ def consistency(
             f"feature.reference {feature.own_reference} would not be looked at, because samples "
             "are compared with samples: leave feature.reference out"
         )
+    training = searched = None
     if data is not None:
-        _check_data(data, first)
+        identity = data.identity()
+        check_data(first.folder, first.manifest["shared"]["data"], identity)
+        training = data.real("train")
+        searched = {"items": len(training), "of": identity["n"]}
     # Checks the extractor's weights before hours of sampling, not after.
     likeness = Cosine(feature or Pixels(), pair.device) if images else Distance()
+    output = Path(output or Path(a) / "consistency")
+    writable(output)
 
     drawn = {name: pair.draw(of_b) for name, of_b in pair.models.items()}
-    rows = compared(pair, drawn, likeness, data)
-    output = Path(output or Path(a) / "consistency")
+    rows = compared(pair, drawn, likeness, data, training)
     result = {
         **pair.description(),
         "feature": likeness.feature,
         "data": None if data is None else data.identity(),
+        "searched": searched,
         "rows": [asdict(row) for row in rows],
     }
     write_json(output / "consistency.json", result)
     with replacing(output / "consistency.png") as temporary:
         picture(drawn, rows, likeness.feature).savefig(temporary, format="png")
-    print(f"A: {a}\nB: {b}\nfeature: {likeness.feature}\n\n{table(rows)}\n")
-    print(f"results: {output / 'consistency.json'}, {output / 'consistency.png'}")
-
-
-def _check_data(data: Data, bundle: Bundle) -> None:
-    theirs, ours = data.identity(), bundle.manifest["shared"]["data"]
-    for key in ("shape", "scale"):
-        if theirs[key] != ours[key]:
-            raise ValueError(
-                f"{bundle.folder} was trained on data of {key} {ours[key]}, the given data have "
-                f"{theirs[key]}: name the data it was trained on"
-            )
+    print(f"A: {a}\nB: {b}\nfeature: {likeness.feature}\n\n{table(rows)}")
+    if searched is not None:
+        print("nearest: of {items:,} of {of:,} training items".format(**searched))
+    print(f"\nresults: {output / 'consistency.json'}, {output / 'consistency.png'}")

@@ -12,11 +12,13 @@ from expertdiff.analysis.intervals.base import Cells, Curve, IntervalMethod, Sel
 from expertdiff.analysis.intervals.segments import middle
 from expertdiff.bundle import Bundle
 from expertdiff.data.base import Batch, Data, permutation
+from expertdiff.describe import build, describe
 from expertdiff.devices import default_device
 from expertdiff.diffusion.denoiser import Denoiser, NetworkDenoiser
 from expertdiff.diffusion.objective import losses
 from expertdiff.diffusion.process import NoiseProcess
 from expertdiff.diffusion.samplers import SampleNoise
+from expertdiff.networks.network import Network
 from expertdiff.seeds import generator
 
 EXACT = 10**7
@@ -70,13 +72,14 @@ class GradientSimilarity(IntervalMethod):
 
     def affinity(self, denoiser: NetworkDenoiser, data: Data, t: Tensor) -> np.ndarray:
         """cos(gradient at t_i, gradient at t_j), [n, n] for t [n]."""
-        # A copy, because a bundle's own weights want no gradients.
         device = default_device()
-        denoiser = copy.deepcopy(denoiser).to(device).requires_grad_(True)
-        for parameter in denoiser.parameters():
+        # A copy, because a bundle's own weights want no gradients.
+        denoiser = copy.deepcopy(denoiser).to(device)
+        parameters = _learned(denoiser.network)
+        for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         batches = self._batches(data, with_labels=denoiser.network.num_classes is not None)
-        size = sum(parameter.numel() for parameter in denoiser.parameters())
+        size = sum(parameter.numel() for parameter in parameters)
         large = size > EXACT
         keep = Sketch(size, self.seed) if large else nn.Identity()
         rows = torch.empty(len(t), SKETCH if large else size, device=device)
@@ -84,7 +87,7 @@ class GradientSimilarity(IntervalMethod):
             denoiser.zero_grad(set_to_none=False)
             for batch, eps in batches:
                 _loss(denoiser, batch, eps, time.to(eps.device).repeat(len(eps))).backward()
-            gradient = torch.cat([parameter.grad.flatten() for parameter in denoiser.parameters()])
+            gradient = torch.cat([parameter.grad.flatten() for parameter in parameters])
             row.copy_(F.normalize(keep(gradient), dim=0))
         return (rows @ rows.T).double().cpu().numpy()
 
@@ -121,6 +124,14 @@ class Sketch:
         """[65536] of a vector [size]."""
         plus, minus = vector.new_zeros(2 * SKETCH).index_add_(0, self.sums, vector).chunk(2)
         return plus - minus
+
+
+def _learned(network: Network) -> list[nn.Parameter]:
+    """The parameters that training changes, which now want gradients."""
+    # Those of a bundle are all switched off, so a network built anew tells which ones are frozen.
+    fresh = build(describe(network), Network)
+    names = {name for name, parameter in fresh.named_parameters() if parameter.requires_grad}
+    return [p.requires_grad_() for name, p in network.named_parameters() if name in names]
 
 
 def _loss(denoiser: Denoiser, batch: Batch, eps: Tensor, t: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from expertdiff.bundle import Bundle
 from expertdiff.data.base import Data
 from expertdiff.describe import describe, differences
 from expertdiff.diffusion.process import NoiseProcess
-from expertdiff.files import replacing, sha256_of, write_json
+from expertdiff.files import replacing, writable, write_json
 from expertdiff.look import INK, style
 
 
@@ -67,6 +67,7 @@ def select(
         raise ValueError(f"methods {names} must be at least one, and each of them once")
     if bundle is not None:
         _fit_together(process, data, bundle)
+    writable(output)
     chosen, refused = [], {}
     for name, method in zip(names, methods):
         try:
@@ -81,7 +82,7 @@ def select(
         "k": k,
         "process": describe(process),
         "data": data.identity(),
-        "bundle": None if bundle is None else _named(bundle),
+        "bundle": None if bundle is None else bundle.named,
         "methods": {selection.name: _record(selection) for selection in chosen},
         "left_out": refused,
     }
@@ -106,11 +107,6 @@ def _fit_together(process: NoiseProcess, data: Data, bundle: Bundle) -> None:
             f"{bundle.folder} was trained otherwise than the config says ({'; '.join(changed)}): "
             "name the config that it was trained with"
         )
-
-
-def _named(bundle: Bundle) -> dict[str, str]:
-    digest = sha256_of(bundle.folder / "manifest.json")
-    return {"folder": str(bundle.folder), "manifest_sha256": digest}
 
 
 def _record(selection: Selection) -> dict[str, Any]:
