@@ -169,6 +169,10 @@ class WandB(WandbLogger, StudyLogger):
     def log_table(self, *args: Any, **kwargs: Any) -> None:
         self._unless_lost(super().log_table, *args, **kwargs)
 
+    def finish(self) -> None:
+        """Ends the run: what comes next is another."""
+        self._unless_lost(lambda: self.experiment.finish())
+
     def _unless_lost(self, log: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         if self._lost:
             return

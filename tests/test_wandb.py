@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -122,11 +123,19 @@ def test_a_folder_that_cannot_be_written_stops_nothing(fit, tmp_path):
     assert json.loads((job / "done.json").read_text())["step"] == 2
 
 
+def reset(*args, **kwargs):
+    raise ConnectionResetError("Connection lost")
+
+
+def test_a_service_that_is_dead_at_the_end_stops_nothing():
+    logger = WandB(offline=True)
+    logger._experiment = SimpleNamespace(finish=reset)
+    with pytest.warns(UserWarning, match="goes on without W&B: Connection lost"):
+        logger.finish()
+
+
 def test_a_service_that_dies_stops_nothing(fit, tmp_path, monkeypatch):
     import wandb
-
-    def reset(*args, **kwargs):
-        raise ConnectionResetError("Connection lost")
 
     monkeypatch.setattr(wandb.sdk.wandb_run.Run, "log", reset)
     with pytest.warns(UserWarning, match="goes on without W&B: Connection lost") as caught:

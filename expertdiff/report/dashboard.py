@@ -62,7 +62,7 @@ def _summarize(folder: Path, logger: WandB) -> None:
         logger.log_table(f"tables/{key}", COLUMNS[key], rows)
     page = (folder / "report.html").read_text(encoding="utf-8")
     logger.log_metrics({"report": wandb.Html(page, inject=False)})
-    logger.experiment.finish()
+    logger.finish()
 
 
 COLUMNS = {
