@@ -8,7 +8,7 @@ from expertdiff.analysis.intervals import IntervalMethod, Selection, every, sele
 from expertdiff.bundle import Bundle
 from expertdiff.cluster import SCRIPTS
 from expertdiff.evaluation.kinds import kind
-from expertdiff.expert_cli import ConfigOnly, Parser, classes_for
+from expertdiff.expert_cli import ConfigOnly, Parser, check_whole, classes_for
 from expertdiff.files import read_json
 from expertdiff.launch import Plan, launch, plan, submit
 from expertdiff.methods.discrimination import Discrimination
@@ -75,6 +75,7 @@ def plan_config(cli: ConfigOnly, parallel: int | None) -> Plan:
                 f"--trainer.{name} cannot be the same for every job: set study.iterations, "
                 "study.budget, study.root or study.name"
             )
+    check_whole(config["trainer"])
     data, evaluation = cli.datamodule.identity(), cli.study.evaluation
     if evaluation:  # what a test would refuse is refused before the training
         evaluation.check(kind(data), "the model")

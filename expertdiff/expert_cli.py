@@ -4,7 +4,7 @@ import inspect
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -92,6 +92,16 @@ def classes_for(argument: str) -> list[str]:
     return []
 
 
+def check_whole(trainer: Mapping[str, Any]) -> None:
+    """Raises a ValueError for a trainer that would judge a model by a part of its samples."""
+    limit = trainer["limit_test_batches"]  # 1.0 is all, 1 is one batch
+    if trainer["fast_dev_run"] or isinstance(limit, int) or limit not in (None, 1.0):
+        raise ValueError(
+            "a part of the samples is no test: leave trainer.fast_dev_run and limit_test_batches "
+            "out, and set how many samples the evaluation draws"
+        )
+
+
 def _subclasses(cls: type) -> set[type]:
     direct = set(cls.__subclasses__())
     return direct.union(*map(_subclasses, direct))
@@ -176,11 +186,8 @@ class ExpertCLI(LightningCLI):
                     kwargs["val_check_interval"] = every * trainer.accumulate_grad_batches
         else:
             job, folder = f"test-{self.model.output.name}", self.model.output
-            if trainer.fast_dev_run or trainer.limit_test_batches or trainer.limit_predict_batches:
-                raise ValueError(
-                    "a part of the samples is no test: leave fast_dev_run and the limits of the "
-                    "trainer alone, and set model.evaluation.samples"
-                )
+            if self.subcommand == "test":
+                check_whole(trainer)
         folder = Path(trainer.default_root_dir or folder)
         kwargs["default_root_dir"] = str(folder)
         if trainer.accelerator == "auto":

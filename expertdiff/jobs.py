@@ -48,8 +48,10 @@ class Job:
     @property
     def gpus(self) -> int:
         """How many it uses, where there are any."""
-        devices = self.config["trainer"]["devices"]
-        return devices if isinstance(devices, int) and devices > 0 else 1
+        trainer = self.config["trainer"]
+        devices = trainer.get("devices")
+        counted = isinstance(devices, int) and devices > 0 and trainer.get("accelerator") != "cpu"
+        return devices if counted else 1
 
     @property
     def log(self) -> Path:

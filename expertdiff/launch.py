@@ -220,11 +220,11 @@ def submit(plan: Plan, site: Path, parallel: int | None = None, dry_run: bool = 
         [job for job in unfinished if job in group]
         for group in (plan.first, plan.parts, plan.whole)
     )
-    if first:
-        start = train(first, [])
+    start = train(first, [])
+    if first and not parallel:
         ids = start + train(whole, []) + train(parts, start)
-    else:
-        ids = train(unfinished, [])
+    else:  # `parallel` holds within one array
+        ids = start + train(parts + whole, start)
     evaluation = submission.evaluate(ids)
     if not dry_run:
         print(f"submitted {evaluation}: evaluation\nhow it goes: expertdiff status {folder}")

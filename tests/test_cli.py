@@ -189,10 +189,15 @@ class TestFaults:
         config = study / "bundles/stitched/config.yaml"
         assert "Stitched trains nothing" in refused(capsys, verb, "--config", config)
 
-    def test_a_part_of_a_test(self, study, capsys):
+    @pytest.mark.parametrize(
+        "option", ["--trainer.fast_dev_run=true", "--trainer.limit_test_batches=1"]
+    )
+    def test_a_part_of_a_test(self, option, study, capsys, tmp_path):
         config = study / "bundles/stitched/config.yaml"
-        option = "--trainer.fast_dev_run=true"
         assert "no test" in refused(capsys, "test", "--config", config, option)
+        root = f"--study.root={tmp_path}"  # before anything is trained
+        assert "no test" in refused(capsys, "launch", *TINY, root, option)
+        assert not list(tmp_path.iterdir())
 
     def test_what_lightning_refuses(self, capsys, tmp_path):
         options = (f"--study.root={tmp_path}", "--trainer.accelerator=gpu")

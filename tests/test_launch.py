@@ -231,7 +231,10 @@ def test_each_job_has_the_gpus_that_it_asks_for(devices, parallel, slots, tmp_pa
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     jobs = [Job("a", "fit", {"trainer": {"devices": devices}}, tmp_path, 1)]
     assert [slot["CUDA_VISIBLE_DEVICES"] for slot in _slots(jobs, parallel)] == slots
-    jobs.append(Job("b", "fit", {"trainer": {"devices": 5}}, tmp_path, 1))
+    for trainer in ({}, {"devices": 5, "accelerator": "cpu"}):
+        jobs.append(Job("b", "fit", {"trainer": trainer}, tmp_path, 1))
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in _slots(jobs, parallel)] == slots
+    jobs.append(Job("c", "fit", {"trainer": {"devices": 5}}, tmp_path, 1))
     with pytest.raises(ValueError, match="devices 5 are more than the 4 GPUs"):
         _slots(jobs, parallel)
 

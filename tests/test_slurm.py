@@ -70,6 +70,12 @@ class TestCommands:
         assert "--dependency=afterok:1:2:3 " in evaluate
         assert "submitted 3: expert-0, expert-1, expert-2" in out
 
+    def test_a_limit_holds_for_all_that_may_run_at_once(self, launch, slurm):
+        launch("--slurm", "--study.shared=60", "--parallel=2")
+        first, rest, _ = slurm()
+        assert "--array=3%2 " in first
+        assert "--array=0-2,4%2 " in rest and "--dependency=afterok:1 " in rest
+
     def test_all_or_nothing(self, launch, slurm, tmp_path):
         lines = f"{tmp_path}/sbatch"
         refusal = '[[ "$*" != *evaluate.sbatch* ]] || { echo "no such partition" >&2; exit 1; }'
